@@ -1,0 +1,250 @@
+"""The pool of one step: the Trainer's own batch, batches from an endless reserve, and the rows that are kept of both.
+
+A reserve batch is a pure function of ``(seed, rank, position)``: which examples it holds, and every random number
+that the dataset and the collator draw for it. So workers may prefetch, a resumed run needs only the position, and the
+global random streams stay exactly where the Trainer has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hf_importance.losses import IGNORED_LABEL
+
+WEIGHTS = "importance_weights"  # a batch entry, shape (b,): what each example's loss is multiplied by
+
+
+def key_to_seed(*key: int) -> int:
+    """Give a well mixed 63-bit seed for a tuple of non-negative integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators inside the block, and put them back as they were behind it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not torch.manual_seed, which would seed every accelerator too.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def split_evenly(total: int, largest: int) -> list[int]:
+    """Split ``total`` into the fewest parts of at most ``largest``, as even as can be.
+
+    >>> split_evenly(48, 32)
+    [24, 24]
+    """
+    parts = -(-total // largest)
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+class ReserveDataset(Dataset):
+    """Collated batches of uniformly drawn examples, by position: batch ``p`` is the same whoever asks, and when.
+
+    The examples of one pool's reserve, ``len(sizes)`` batches in a row, are distinct.
+
+    Args:
+        dataset: Map-style training set, with at least ``sum(sizes)`` examples.
+        collate: Makes a batch of a list of examples.
+        sizes: Batch sizes, repeated for ever.
+        seed: With ``rank``, what the draws are keyed by.
+        rank: Index of this process.
+    """
+
+    def __init__(self, dataset: Any, collate: Any, sizes: Sequence[int], seed: int, rank: int) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.sizes = list(sizes)
+        self.seed = seed
+        self.rank = rank
+
+    def indices(self, position: int) -> list[int]:
+        """Give the examples of the batch at ``position``."""
+        pool, part = divmod(position, len(self.sizes))
+        generator = np.random.default_rng(key_to_seed(self.seed, self.rank, pool))
+        drawn = generator.choice(len(self.dataset), sum(self.sizes), replace=False)
+        start = sum(self.sizes[:part])
+        return drawn[start : start + self.sizes[part]].tolist()
+
+    def __getitem__(self, position: int) -> Any:
+        """Fetch and collate the batch at ``position``."""
+        indices = self.indices(position)
+        with isolated_rng(key_to_seed(self.seed, self.rank, position, 1)):
+            # torch's own fetcher prefers the batched access where a dataset has it; datasets.Dataset is far faster by
+            # it.
+            if hasattr(self.dataset, "__getitems__"):
+                examples = self.dataset.__getitems__(indices)
+            else:
+                examples = [self.dataset[index] for index in indices]
+            return self.collate(examples)
+
+
+class Reserve:
+    """Endless iterator over the batches of a :class:`ReserveDataset`, loaded as the Trainer's own loader does.
+
+    Attributes:
+        position: How many batches were handed out since the start of training.
+    """
+
+    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int) -> None:
+        self.position = position
+        workers = {"prefetch_factor": like.prefetch_factor} if like.num_workers else {}
+        loader = DataLoader(
+            dataset,
+            sampler=itertools.count(position),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=like.num_workers,
+            pin_memory=like.pin_memory,
+            multiprocessing_context=like.multiprocessing_context,
+            # The loader draws its workers' base seed from this one instead of the global one.
+            generator=torch.Generator().manual_seed(0),
+            **workers,
+        )
+        self._batches = iter(loader)
+
+    def __iter__(self) -> Reserve:
+        """Give itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Give the next batch."""
+        self.position += 1
+        return next(self._batches)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How rows that were padded to different lengths become one batch.
+
+    Attributes:
+        side: ``"left"`` or ``"right"``.
+        values: What a batch entry is padded with, by its name. Others get 0: a mask is off there.
+    """
+
+    side: str = "right"
+    values: Mapping[str, float] = field(default_factory=lambda: {"labels": IGNORED_LABEL})
+
+
+def batch_size_of(batch: Any) -> int:
+    """Give the number of rows of a batch: the length of its first tensor.
+
+    Raises:
+        ValueError: It holds no tensor.
+    """
+    for value in batch.values() if isinstance(batch, Mapping) else batch:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+        if isinstance(value, Mapping | list | tuple):
+            with contextlib.suppress(ValueError):
+                return batch_size_of(value)
+    raise ValueError("A batch of train_dataset holds no tensor, so its examples cannot be told apart.")
+
+
+def merge_rows(batches: Sequence[Any], rows: Sequence[Tensor], padding: Padding) -> Any:
+    """Gather the given rows of several batches into one batch, padded to the longest of them.
+
+    Rows are taken on the device where each batch lies, and only they are copied. What is no tensor of the batch's
+    length and no list of it is taken from the first batch.
+
+    Args:
+        batches: Batches with the same entries, each of any number of rows.
+        rows: For each batch, the rows to take, in order; int64, any length.
+        padding: How entries of different lengths are brought together.
+    """
+    return _merge(batches, rows, [batch_size_of(batch) for batch in batches], padding, name="")
+
+
+def _merge(values: Sequence[Any], rows: Sequence[Tensor], sizes: Sequence[int], padding: Padding, name: str) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _merge([value[key] for value in values], rows, sizes, padding, key) for key in first}
+    if isinstance(first, Tensor) and all(value.dim() > 0 for value in values):
+        if all(len(value) == size for value, size in zip(values, sizes, strict=True)):
+            taken = [value[row] for value, row in zip(values, rows, strict=True) if len(row)]
+            return torch.cat(_pad_alike(taken, padding.side, padding.values.get(name, 0)))
+    elif isinstance(first, list | tuple):
+        if all(len(value) == size for value, size in zip(values, sizes, strict=True)) and not any(
+            isinstance(entry, Tensor) for entry in first
+        ):
+            return [value[i] for value, row in zip(values, rows, strict=True) for i in row.tolist()]
+        return type(first)(_merge(list(entries), rows, sizes, padding, name) for entries in zip(*values, strict=True))
+    return first
+
+
+def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
+    """Pad all but the first dimension to the largest of each."""
+    shapes = [tensor.shape[1:] for tensor in tensors]
+    if all(shape == shapes[0] for shape in shapes):
+        return tensors
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    padded = []
+    for tensor in tensors:
+        widths: list[int] = []
+        for size, target in zip(reversed(tensor.shape[1:]), reversed(largest), strict=True):
+            widths += [target - size, 0] if side == "left" else [0, target - size]
+        padded.append(torch.nn.functional.pad(tensor, widths, value=value))
+    return padded
+
+
+class Pool:
+    """The ``B`` examples of one importance step, as the batches they came in.
+
+    Args:
+        batches: The own batch first, then the reserve; on the device.
+        padding: How rows of different batches are brought together.
+    """
+
+    def __init__(self, batches: Sequence[Any], padding: Padding) -> None:
+        self.batches = list(batches)
+        self.padding = padding
+        self.sizes = [batch_size_of(batch) for batch in self.batches]
+
+    def __len__(self) -> int:
+        """Give the number of examples, ``B``."""
+        return sum(self.sizes)
+
+    def chunks(self, size: int | None) -> Iterator[Any]:
+        """Give all examples in order, in batches of at most ``size``, or as they came where it is None."""
+        if size is None:
+            yield from self.batches
+            return
+        for start in range(0, len(self), size):
+            yield self.take(torch.arange(start, min(start + size, len(self))))[0]
+
+    def take(self, index: Tensor) -> tuple[Any, Tensor]:
+        """Gather examples into one batch.
+
+        Args:
+            index: Which, in ``[0, B)``, with repeats or without; on the CPU, shape ``(n,)``.
+
+        Returns:
+            The batch, its rows sorted by where they came from, and the permutation of ``index`` that gives that order.
+        """
+        order = index.argsort(stable=True)
+        sorted_index = index[order]
+        ends = torch.tensor(self.sizes).cumsum(0)
+        counts = torch.bincount(torch.bucketize(sorted_index, ends, right=True), minlength=len(self.sizes))
+        parts = sorted_index.split(counts.tolist())
+        used = [
+            (batch, part - (end - size))
+            for batch, part, end, size in zip(self.batches, parts, ends.tolist(), self.sizes, strict=True)
+            if len(part)
+        ]
+        return merge_rows([batch for batch, _ in used], [row for _, row in used], self.padding), order

@@ -1,0 +1,140 @@
+"""Scoring a pool in one forward pass without gradients, and drawing the training batch from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_importance import scores
+from hf_importance.batches import WEIGHTS, Pool, batch_size_of
+from hf_importance.heads import Head
+from hf_importance.sampling import Resampling, resample
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into ``eval()`` inside the block, and those that were training back behind it.
+
+    So scoring has no dropout and neither uses nor moves the batch statistics of BatchNorm, and a submodule that the
+    user froze in ``eval()`` stays there.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def score_batch(
+    outputs: Any, inputs: Mapping[str, Any], head: Head, kind: str, function: Callable[[Any, Tensor], Tensor] | None
+) -> Tensor:
+    """Score each example from what the model returned for it.
+
+    Args:
+        outputs: The model's outputs, of a training or a scoring forward pass.
+        inputs: The batch, with its labels.
+        head: The model's head.
+        kind: ``"upper_bound"`` or ``"loss"``. The true gradient norm is not to be had from outputs: for it, too, the
+            upper bound is given.
+        function: The user's ``compute_score_func(outputs, labels)``, which takes the place of ``kind``.
+
+    Returns:
+        Shape ``(b,)``, float32, on the device of the outputs.
+
+    Raises:
+        ValueError: The user's function gives no vector with one score an example.
+    """
+    with torch.no_grad():
+        if function is not None:
+            result = function(outputs, inputs["labels"])
+            if not isinstance(result, Tensor) or result.shape != (batch_size_of(inputs),):
+                raise ValueError(
+                    "compute_score_func(outputs, labels) must give a tensor with one score an example, shape "
+                    f"({batch_size_of(inputs)},), but it gave {getattr(result, 'shape', type(result).__name__)}."
+                )
+            result = result.detach().float()
+        elif kind == "loss":
+            result = head.losses(outputs, inputs)
+        else:
+            result = head.upper_bound(outputs, inputs)
+    # An example that already counts w times has w times the gradient.
+    return result * inputs[WEIGHTS] if WEIGHTS in inputs else result
+
+
+def score_pool(
+    model: nn.Module,
+    pool: Pool,
+    head: Head,
+    kind: str,
+    function: Callable[[Any, Tensor], Tensor] | None,
+    batch_size: int | None,
+) -> Tensor:
+    """Score all examples of a pool, without dropout, without gradients, and without moving BatchNorm's statistics.
+
+    Args:
+        model: The module to score with; its mode is restored.
+        pool: The examples, on the model's device.
+        head: The model's head.
+        kind: ``"upper_bound"``, ``"loss"`` or ``"gradient_norm"``.
+        function: The user's score, which takes the place of ``kind``.
+        batch_size: Examples in one forward pass; None: the batches as they came.
+
+    Returns:
+        Shape ``(B,)``, float32, in the order of the pool, on the model's device.
+    """
+    with evaluation_mode(model):
+        if kind == "gradient_norm" and function is None:
+            return _gradient_norms(model, pool, head)
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    score_batch(model(**without_labels(batch)), batch, head, kind, function)
+                    for batch in pool.chunks(batch_size)
+                ]
+            )
+
+
+def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what the model is called with when the loss is computed outside it."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)}
+
+
+def draw(
+    pool: Pool, pool_scores: Tensor, size: int, method: Resampling, generator: torch.Generator
+) -> tuple[dict[str, Any], Tensor, int]:
+    """Draw the training batch of a step from a scored pool.
+
+    Args:
+        pool: The examples; the first ``size`` of them are the Trainer's own batch.
+        pool_scores: Score of each, non-negative; on the CPU, shape ``(B,)``.
+        size: How many to keep, ``n``.
+        method: ``"systematic"`` or ``"multinomial"``.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        The batch with its entry ``importance_weights``, the weights on the CPU, and the number of distinct examples.
+    """
+    index, weights = resample(pool_scores, size, method, generator)
+    batch, order = pool.take(index)
+    weights = weights[order].float()
+    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    given = batch.get(WEIGHTS)
+    on_device = weights.to(device, non_blocking=True)
+    return {**batch, WEIGHTS: on_device if given is None else given * on_device}, weights, len(index.unique())
+
+
+def _gradient_norms(model: nn.Module, pool: Pool, head: Head) -> Tensor:
+    def losses() -> Iterator[Tensor]:
+        for batch in pool.chunks(1):
+            loss = head.losses(model(**without_labels(batch)), batch).sum()
+            yield loss * batch[WEIGHTS].sum() if WEIGHTS in batch else loss
+
+    with torch.enable_grad():
+        return scores.gradient_norm(losses(), (p for p in model.parameters() if p.requires_grad))

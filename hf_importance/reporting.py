@@ -1,0 +1,100 @@
+"""What importance sampling did since the last logging step, and since the start: the numbers behind the log keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from hf_importance.sampling import effective_sample_size
+from hf_importance.switching import Switch
+
+PREFIX = "importance/"
+
+
+@dataclass
+class Totals:
+    """Counts over all ranks since the start of training; they go into the checkpoint."""
+
+    examples_scored: int = 0  # by a scoring forward pass; scores from training logits are free and not counted
+    examples_trained: int = 0  # rows of training batches
+    examples_distinct: int = 0  # the same, rows that a batch holds twice counted once
+    nonfinite_steps: int = 0  # optimizer steps left uniform because a score was NaN or infinite
+
+
+class Report:
+    """Collects per-step figures on the host and gives them as one flat dict of floats at a logging step.
+
+    Args:
+        sum_over_ranks: Adds up a list of numbers over all ranks; the identity on one.
+    """
+
+    def __init__(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
+        self._sum_over_ranks = sum_over_ranks
+        self.totals = Totals()
+        self._unsynced = Totals()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._started = time.perf_counter()
+        self._scoring_seconds = 0.0
+        self._steps = 0
+        self._active_steps = 0
+        self._max_weight = 1.0
+        self._sample_sizes: list[float] = []
+
+    def uniform_batch(self, size: int) -> None:
+        """Count a micro-batch of ``size`` examples that is trained on as the Trainer drew it."""
+        self._unsynced.examples_trained += size
+        self._unsynced.examples_distinct += size
+        self._sample_sizes.append(size)
+
+    def weighted_batch(self, weights: Tensor, distinct: int) -> None:
+        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct."""
+        self._unsynced.examples_trained += len(weights)
+        self._unsynced.examples_distinct += distinct
+        self._sample_sizes.append(effective_sample_size(weights))
+        self._max_weight = max(self._max_weight, float(weights.max()))
+
+    def step(self, active: bool) -> None:
+        """Count an optimizer step, trained uniformly or by importance."""
+        self._steps += 1
+        self._active_steps += active
+
+    def scored(self, examples: int, seconds: float) -> None:
+        """Count a pool that was scored, and the time from fetching it to having drawn from it."""
+        self._unsynced.examples_scored += examples
+        self._scoring_seconds += seconds
+
+    def nonfinite(self) -> None:
+        """Count an optimizer step whose scores were not all finite on this rank."""
+        self._unsynced.nonfinite_steps += 1
+
+    def sync(self) -> None:
+        """Add what was counted since the last time, on every rank, to :attr:`totals`. All ranks must call it."""
+        names = [field.name for field in fields(Totals)]
+        increments = self._sum_over_ranks([getattr(self._unsynced, name) for name in names])
+        for name, increment in zip(names, increments, strict=True):
+            setattr(self.totals, name, getattr(self.totals, name) + int(increment))
+        self._unsynced = Totals()
+
+    def drain(self, switch: Switch) -> dict[str, float]:
+        """Give the log entries since the last call and start anew. All ranks must call it."""
+        self.sync()
+        elapsed = time.perf_counter() - self._started
+        entries = {
+            "tau": switch.tau,
+            "tau_threshold": switch.threshold,
+            "batch_size_gain": switch.tau**2,
+            "active": float(switch.active),
+            "active_share": self._active_steps / max(self._steps, 1),
+            "switches": switch.switches,
+            "max_weight": self._max_weight,
+            "effective_sample_size": sum(self._sample_sizes) / max(len(self._sample_sizes), 1),
+            "scoring_time_share": self._scoring_seconds / elapsed if elapsed > 0 else 0.0,
+            **vars(self.totals),
+        }
+        self._restart()
+        return {PREFIX + name: value for name, value in entries.items()}

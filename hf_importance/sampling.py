@@ -1,0 +1,159 @@
+r"""Which examples of a pool are kept, and how much each of them counts.
+
+A pool of ``B`` scored examples goes in; ``n`` indices and their importance weights come out. Whatever the scores are,
+the weighted mean over the kept examples has the pool's mean as its expectation, so a stale or a wrong score costs
+variance and never correctness. Two schemes (DESIGN: section 5):
+
+- ``"systematic"``: without replacement, fixed size, inclusion probabilities proportional to the scores. The default.
+- ``"multinomial"``: with replacement, as the paper's Algorithm 1 has it.
+
+Notation: ``B`` examples in the pool, ``n`` of them kept, :math:`\hat G_i` = ``scores``, :math:`g_i` =
+``probabilities``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Resampling = Literal["systematic", "multinomial"]
+
+
+def inclusion_probabilities(scores: Tensor, size: int) -> Tensor:
+    r"""Probability of each example to be among the ``size`` kept ones, proportional to its score and at most 1.
+
+    ``min(1, c * scores)`` with ``c`` such that they sum to ``size``. Examples that would pass 1 are certain, and the
+    rest of the mass is spread over the others. Where fewer than ``size`` examples have a positive score, these are
+    certain and the remaining places are drawn uniformly from the others.
+
+    Args:
+        scores: Importance of each example, non-negative, any positive scale; shape ``(B,)``.
+        size: How many are kept, in ``[1, B]``.
+
+    Returns:
+        Shape ``(B,)``, float64, in ``[0, 1]``, summing to ``size``.
+
+    Raises:
+        ValueError: ``scores`` is not a vector, is empty, or holds a negative or non-finite entry; ``size`` is out of
+            range.
+
+    Reference:
+        Tillé, Sampling Algorithms, 2006, section 2.10 (inclusion probabilities proportional to a size variable).
+
+    >>> inclusion_probabilities(torch.tensor([1.0, 1.0, 2.0]), 2)
+    tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
+    >>> inclusion_probabilities(torch.tensor([0.0, 0.0, 5.0]), 2)
+    tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    scores = _checked(scores)
+    if not 1 <= size <= len(scores):
+        raise ValueError(f"size must lie between 1 and the {len(scores)} scores, but it is {size}.")
+    ordered, order = scores.sort(descending=True)
+    # remaining[k]: the mass left when the k largest are certain. The smallest k that leaves no probability above 1 is
+    # right: one more certain example than needed would take more than its share.
+    remaining = ordered.flip(0).cumsum(0).flip(0)
+    certain = torch.arange(len(scores), device=scores.device)
+    count = int(((size - certain) * ordered > remaining).sum())
+    tail = remaining[count] if count < len(scores) else remaining.new_zeros(())
+    if tail > 0:
+        rest = ordered * ((size - count) / tail)
+    else:
+        # Only examples without a score are left for the remaining places.
+        rest = torch.full_like(ordered, (size - count) / max(len(scores) - count, 1))
+    probabilities = torch.where(certain < count, torch.ones_like(rest), rest.clamp(max=1.0))
+    return torch.empty_like(probabilities).scatter_(0, order, probabilities)
+
+
+def systematic_draw(probabilities: Tensor, order: Tensor, offset: Tensor | float) -> Tensor:
+    """Draw by one comb of unit spacing over the cumulated inclusion probabilities.
+
+    Args:
+        probabilities: Inclusion probability of each example, in ``[0, 1]``, with an integer sum ``n``; shape ``(B,)``.
+        order: Permutation in which the examples are cumulated, shape ``(B,)``. A random one makes the draw
+            independent of the order of the pool.
+        offset: Position of the comb's first tooth, in ``[0, 1)``.
+
+    Returns:
+        Indices of the ``n`` drawn examples, shape ``(n,)``, without repeats.
+    """
+    cumulated = probabilities[order].cumsum(0)
+    size = int(cumulated[-1].round())
+    teeth = torch.arange(size, dtype=cumulated.dtype, device=cumulated.device) + offset
+    # The sum is n up to rounding; scaled to n exactly, the last tooth cannot fall behind the last example.
+    position = torch.searchsorted(cumulated * (size / cumulated[-1]), teeth, right=True)
+    return order[position.clamp(max=len(order) - 1)]
+
+
+def resample(
+    scores: Tensor, size: int, method: Resampling = "systematic", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Keep ``size`` examples of a pool by importance, with the weights that undo the preference.
+
+    For any per-example quantity ``x`` of shape ``(B,)``, with ``index, weight = resample(scores, n)``::
+
+        E[(weight * x[index]).mean()] = x.mean()
+
+    provided that ``x`` is zero where the score is zero (a score of zero says that there is no gradient).
+
+    Args:
+        scores: Importance of each example, non-negative, any positive scale; shape ``(B,)``. All zero: drawn
+            uniformly.
+        size: How many to keep, ``n >= 1``; at most ``B`` for ``"systematic"``.
+        method: ``"systematic"``, without replacement, weights ``n / (B * pi)`` (Horvitz and Thompson, 1952), or
+            ``"multinomial"``, with replacement, weights ``1 / (B * g)`` (the paper's Algorithm 1).
+        generator: Source of randomness, on the device of ``scores``. The global one where None.
+
+    Returns:
+        Indices into the pool, int64, shape ``(n,)``, and importance weights, float64, positive, shape ``(n,)``.
+
+    Raises:
+        ValueError: ``scores`` is not a vector, is empty, or holds a negative or non-finite entry; ``size`` is out of
+            range; ``method`` is unknown.
+
+    Reference:
+        Katharopoulos and Fleuret, 2018, https://arxiv.org/abs/1803.00942, Algorithm 1, lines 6 to 8.
+
+    >>> index, weight = resample(torch.ones(4), 2, generator=torch.Generator().manual_seed(0))
+    >>> weight
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    scores = _checked(scores)
+    if method == "systematic":
+        inclusion = inclusion_probabilities(scores, size)
+        order = torch.randperm(len(scores), generator=generator, device=scores.device)
+        offset = torch.rand((), generator=generator, dtype=torch.float64, device=scores.device)
+        index = systematic_draw(inclusion, order, offset)
+        return index, size / (len(scores) * inclusion[index])
+    if method == "multinomial":
+        if size < 1:
+            raise ValueError(f"size must be at least 1, but it is {size}.")
+        total = scores.sum()
+        probabilities = scores / total if total > 0 else torch.full_like(scores, 1 / len(scores))
+        index = torch.multinomial(probabilities, size, replacement=True, generator=generator)
+        return index, 1 / (len(scores) * probabilities[index])
+    raise ValueError(f"resampling must be 'systematic' or 'multinomial', but it is {method!r}.")
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Number of equally weighted examples that a weighted batch is worth, ``(Σw)² / Σw²``, in ``[1, n]``.
+
+    Reference:
+        Kish, Survey Sampling, 1965, section 11.7.
+
+    >>> effective_sample_size(torch.tensor([1.0, 1.0, 2.0]))
+    2.66...
+    """
+    return float(weights.sum() ** 2 / weights.square().sum())
+
+
+def _checked(scores: Tensor) -> Tensor:
+    """Give ``scores`` as float64, scaled to a largest entry of 1 so that no sum over them can overflow."""
+    if scores.dim() != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be a vector with at least one entry, but their shape is {tuple(scores.shape)}.")
+    scores = scores.double()
+    if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
+        raise ValueError("scores must be finite and non-negative, but at least one is not.")
+    largest = scores.max()
+    return scores / largest if largest > 0 else scores

@@ -1,0 +1,108 @@
+"""The arguments of importance sampling, as fields that ``HfArgumentParser`` reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import get_args
+
+from transformers import TrainingArguments
+
+from hf_importance.sampling import Resampling
+from hf_importance.switching import derived_threshold
+
+SCORES = ("upper_bound", "loss", "gradient_norm")
+
+
+@dataclass
+class ImportanceArguments:
+    """When and how examples are drawn by importance; any ``TrainingArguments`` can take them in.
+
+    Raises:
+        ValueError: A value is outside its range or unknown; the message names the argument, the value, and what to
+            pass.
+    """
+
+    importance_sampling: bool = field(
+        default=True,
+        metadata={"help": "Draw examples by importance once it pays. False trains as the plain Trainer does."},
+    )
+    importance_score: str = field(
+        default="upper_bound",
+        metadata={
+            "help": "What an example is drawn by: 'upper_bound' (norm of the loss's gradient with respect to the "
+            "logits), 'loss', or 'gradient_norm' (over all trainable parameters; exact, one backward pass an example, "
+            "for ablation)."
+        },
+    )
+    presample_ratio: float = field(
+        default=3.0,
+        metadata={"help": "Examples scored for each one that is trained on, B / b. Above 1."},
+    )
+    resampling: str = field(
+        default="systematic",
+        metadata={
+            "help": "'systematic' (without replacement, less noise) or 'multinomial' (with replacement, as the paper "
+            "has it)."
+        },
+    )
+    tau_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tau above which importance sampling is on. Above 1; by default (B + 3b) / (3b), the paper's."
+        },
+    )
+    tau_momentum: float = field(
+        default=0.9,
+        metadata={"help": "Share of the old moving average of tau that each step keeps, in [0, 1)."},
+    )
+    scoring_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value before anything is built from it."""
+        _check_choice("importance_score", self.importance_score, SCORES)
+        _check_choice("resampling", self.resampling, get_args(Resampling))
+        if not (math.isfinite(self.presample_ratio) and self.presample_ratio > 1):
+            raise ValueError(
+                f"presample_ratio must be a finite number above 1, but it is {self.presample_ratio}. It says how many "
+                "examples are scored for each one trained on; 3 is the default."
+            )
+        if self.tau_threshold is not None and not (math.isfinite(self.tau_threshold) and self.tau_threshold > 1):
+            raise ValueError(
+                f"tau_threshold must be a finite number above 1, but it is {self.tau_threshold}. tau is never below "
+                "1, so importance sampling would always be on; leave it None for the threshold derived from "
+                "presample_ratio."
+            )
+        if not 0 <= self.tau_momentum < 1:
+            raise ValueError(
+                f"tau_momentum must lie in [0, 1), but it is {self.tau_momentum}. It is the share of the old average "
+                "that a step keeps; 0.9 is the default."
+            )
+        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
+            raise ValueError(
+                f"scoring_batch_size must be at least 1, but it is {self.scoring_batch_size}. Leave it None to score "
+                "in batches of per_device_train_batch_size."
+            )
+
+    @property
+    def threshold(self) -> float:
+        """τ above which importance sampling is on: the user's, or the paper's for this ratio."""
+        return derived_threshold(self.presample_ratio) if self.tau_threshold is None else self.tau_threshold
+
+
+@dataclass
+class ImportanceTrainingArguments(ImportanceArguments, TrainingArguments):
+    """``TrainingArguments`` with the fields of :class:`ImportanceArguments`."""
+
+    def __post_init__(self) -> None:
+        """Check the importance arguments first: they need no device, and a typo should not cost a start-up."""
+        ImportanceArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
