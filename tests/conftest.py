@@ -1,0 +1,26 @@
+"""Shared by all tests: no Hub, one thread, and small real data from scikit-learn."""
+
+import os
+
+# Tiny models: a second thread only waits. On two busy cores it made the suite six times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.datasets import load_digits
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """1,797 handwritten digits as ``pixel_values`` (1, 8, 8) in [0, 1] and ``labels``."""
+    data = load_digits()
+    pixels = (data.images / 16).astype("float32")[:, None]
+    return Dataset.from_dict({"pixel_values": pixels, "labels": data.target}).with_format("torch")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,70 @@
+"""Slow, obviously right twins of the formulas, in float64 and plain Python where that is clearest."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def tau(scores: list[float]) -> float:
+    """Equation 29 as the paper prints it, with the root: (1 - |g - u|² / |g|²)^(-1/2)."""
+    total = sum(scores)
+    g = [score / total for score in scores]
+    u = 1 / len(g)
+    distance = sum((p - u) ** 2 for p in g)
+    return (1 - distance / sum(p * p for p in g)) ** -0.5
+
+
+def inclusion_probabilities(scores: list[float], size: int) -> list[float]:
+    """Water-filling one example at a time: while one would pass 1, make the largest certain and share out the rest."""
+    certain: set[int] = set()
+    while True:
+        rest = [i for i in range(len(scores)) if i not in certain]
+        total = sum(scores[i] for i in rest)
+        left = size - len(certain)
+        if total == 0:
+            share = dict.fromkeys(rest, left / len(rest)) if rest else {}
+        else:
+            share = {i: left * scores[i] / total for i in rest}
+        over = [i for i in rest if share[i] > 1]
+        if not over:
+            return [1.0 if i in certain else share[i] for i in range(len(scores))]
+        certain.add(max(over, key=lambda i: scores[i]))
+
+
+def systematic_outcomes(probabilities: list[float], order: list[int]) -> list[tuple[float, list[int]]]:
+    """Every outcome of a systematic draw in one order, with its probability: the offset's pieces between two jumps."""
+    edges, total = [], 0.0
+    for i in order:
+        total += probabilities[i]
+        edges.append(total)
+    jumps = sorted({0.0, 1.0, *(edge - math.floor(edge) for edge in edges)})
+    outcomes = []
+    for left, right in itertools.pairwise(jumps):
+        if right - left < 1e-13:
+            continue
+        offset = (left + right) / 2
+        drawn = []
+        for tooth in range(round(total)):
+            drawn.append(next(order[k] for k, edge in enumerate(edges) if edge > tooth + offset))
+        outcomes.append((right - left, drawn))
+    return outcomes
+
+
+def multinomial_outcomes(probabilities: list[float], size: int) -> list[tuple[float, list[int]]]:
+    """Every outcome of ``size`` draws with replacement, with its probability."""
+    outcomes = []
+    for drawn in itertools.product(range(len(probabilities)), repeat=size):
+        outcomes.append((math.prod(probabilities[i] for i in drawn), list(drawn)))
+    return outcomes
+
+
+def logit_gradient_norms(loss_of_row, logits: Tensor) -> Tensor:
+    """One backward pass an example: the norm of its loss's gradient with respect to its own logits, in float64."""
+    norms = []
+    for i in range(len(logits)):
+        row = logits[i].detach().double().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of_row(row, i), row)
+        norms.append(gradient.norm())
+    return torch.stack(norms)

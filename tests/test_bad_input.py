@@ -1,0 +1,176 @@
+"""Bad input is refused before training, in words that name the argument, its value, and what to do."""
+
+import logging
+
+import pytest
+import torch
+import toys
+from transformers import BertConfig, BertModel, Trainer
+
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("presample_ratio", 1.0, "presample_ratio must be a finite number above 1, but it is 1.0"),
+        ("presample_ratio", float("inf"), "presample_ratio must be a finite number above 1, but it is inf"),
+        ("presample_ratio", float("nan"), "presample_ratio must be a finite number above 1, but it is nan"),
+        ("tau_threshold", 1.0, "tau_threshold must be a finite number above 1, but it is 1.0"),
+        ("tau_threshold", float("inf"), "tau_threshold must be a finite number above 1, but it is inf"),
+        ("tau_momentum", 1.0, r"tau_momentum must lie in \[0, 1\), but it is 1.0"),
+        ("tau_momentum", -0.1, r"tau_momentum must lie in \[0, 1\), but it is -0.1"),
+        ("tau_momentum", float("nan"), r"tau_momentum must lie in \[0, 1\), but it is nan"),
+        ("scoring_batch_size", 0, "scoring_batch_size must be at least 1, but it is 0"),
+        ("importance_score", "entropy", "one of 'upper_bound', 'loss', 'gradient_norm', but it is 'entropy'"),
+        ("resampling", "poisson", "one of 'systematic', 'multinomial', but it is 'poisson'"),
+    ],
+)
+def test_an_argument_out_of_range(tmp_path, argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        ImportanceTrainingArguments(output_dir=str(tmp_path), **{argument: value})
+
+
+def test_a_threshold_that_tau_can_never_pass(tmp_path, digits):
+    # Off, tau is measured on 4 * 2 = 8 examples and cannot pass sqrt(8) = 2.83.
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with pytest.raises(
+        ValueError, match=r"8 examples of one optimizer step .* cannot pass 2.83, .* tau_threshold of 3 "
+    ):
+        ImportanceTrainer(toys.vit(), toys.arguments(tmp_path, tau_threshold=3.0, **settings), train_dataset=digits)
+    ImportanceTrainer(toys.vit(), toys.arguments(tmp_path, tau_threshold=2.8, **settings), train_dataset=digits)
+
+
+def test_a_derived_threshold_that_tau_can_never_pass_warns_once_and_trains(tmp_path, digits, caplog):
+    args = toys.arguments(tmp_path, per_device_train_batch_size=4, max_steps=2)
+    with caplog.at_level(logging.WARNING, "hf_importance"):
+        toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(32)))
+    messages = [r.getMessage() for r in caplog.records if "stay off" in r.getMessage()]
+    assert len(messages) == 1
+    assert "derived tau_threshold of 2" in messages[0]
+    assert "more than 4 examples" in messages[0]
+
+
+def test_a_model_whose_loss_is_not_known_to_split(tmp_path, digits):
+    class Contrastive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 4)
+
+        def forward(self, pixel_values, labels=None):
+            z = self.layer(pixel_values.flatten(1))
+            return {"loss": (z @ z.T).square().mean(), "logits": z}
+
+    with pytest.raises(
+        ValueError, match=r"how that of Contrastive splits.* compute_loss_func.*importance_sampling=False"
+    ):
+        ImportanceTrainer(Contrastive(), toys.arguments(tmp_path), train_dataset=digits)
+    args = toys.arguments(tmp_path, importance_sampling=False)
+    ours = toys.run(ImportanceTrainer, Contrastive(), args, digits.select(range(64)))
+    assert ours.state.global_step == 8
+    # Accumulation too is the plain Trainer's where the head is not known.
+    assert ours.loss_is_scaled_for_ga is Trainer.loss_is_scaled_for_ga
+
+
+def test_a_body_without_a_head(tmp_path, digits):
+    with pytest.raises(ValueError, match="how that of BertModel splits"):
+        ImportanceTrainer(BertModel(BertConfig(hidden_size=16, num_attention_heads=2)), toys.arguments(tmp_path))
+
+
+def test_a_dataset_without_labels(tmp_path):
+    data = toys.sentences().remove_columns("labels")
+    with pytest.raises(ValueError, match=r"no 'labels', only \['attention_mask', 'input_ids'\].*'label' or 'labels'"):
+        toys.run(ImportanceTrainer, toys.bert(), toys.arguments(tmp_path), data)
+
+
+@pytest.mark.parametrize("examples", [0, 10, 47])
+def test_a_dataset_too_small_for_a_pool(tmp_path, digits, examples):
+    message = (
+        f"train_dataset has {examples} examples, fewer than the pool of 48 .*presample_ratio=3 times a batch of 16"
+    )
+    with pytest.raises(ValueError, match=message):
+        toys.run(ImportanceTrainer, toys.vit(), toys.arguments(tmp_path), digits.select(range(examples)))
+
+
+def test_the_smallest_dataset_that_makes_a_pool_trains(tmp_path, digits):
+    trainer = toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), digits.select(range(48)))
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_batch_of_ignored_labels(tmp_path, on):
+    data = toys.sentences(64).with_format(None).map(lambda e: {"labels": -100}).with_format("torch")
+    make = toys.always_on if on else toys.arguments
+    with pytest.raises(ValueError, match=r"every label of a batch is ignored \(-100\).*Remove such examples"):
+        toys.run(ImportanceTrainer, toys.bert(), make(tmp_path), data)
+
+
+def test_some_ignored_labels_are_trained_around(tmp_path):
+    data = toys.sentences(64).with_format(None)
+    data = data.map(lambda e, i: {"labels": -100 if i % 3 == 0 else e["labels"]}, with_indices=True)
+    trainer = toys.run(ImportanceTrainer, toys.bert(), toys.always_on(tmp_path), data.with_format("torch"))
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_score_function_of_the_wrong_shape(tmp_path, digits):
+    args = toys.arguments(tmp_path)
+    with pytest.raises(ValueError, match=r"one score an example, shape \(16,\), but it gave torch.Size\(\[\]\)"):
+        toys.run(
+            ImportanceTrainer,
+            toys.vit(),
+            args,
+            digits.select(range(64)),
+            compute_score_func=lambda o, y: torch.ones(()),
+        )
+
+
+def test_a_negative_score(tmp_path, digits):
+    args = toys.always_on(tmp_path)
+    with pytest.raises(ValueError, match="scores must be finite and non-negative"):
+        toys.run(
+            ImportanceTrainer,
+            toys.vit(),
+            args,
+            digits.select(range(64)),
+            compute_score_func=lambda o, y: torch.arange(len(y)) - 1.0,
+        )
+
+
+def mean_over_items(outputs, labels, num_items_in_batch=None):
+    loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def mean_over_micro_batch(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+def pairwise(outputs, labels, num_items_in_batch=None):
+    same = (labels[:, None] == labels).float()
+    return (torch.cdist(outputs.logits, outputs.logits) * same).sum()
+
+
+@pytest.mark.parametrize("function", [mean_over_items, mean_over_micro_batch])
+def test_a_loss_function_that_splits_by_example_is_weighted(tmp_path, digits, function):
+    trainer = toys.run(
+        ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), digits.select(range(64)), compute_loss_func=function
+    )
+    assert trainer.state.log_history[-2]["importance/active_share"] == 1
+    batch = digits[:6]
+    weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0])
+    trainer._step_items = None
+    found = trainer.compute_loss(trainer.model, {**batch, "importance_weights": weights})
+    logits = trainer.model(pixel_values=batch["pixel_values"]).logits
+    each = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    torch.testing.assert_close(found, (weights * each).mean())
+
+
+def test_a_loss_function_that_does_not_split_is_refused(tmp_path, digits):
+    with pytest.raises(ValueError, match="compute_loss_func that is no sum over examples"):
+        toys.run(
+            ImportanceTrainer,
+            toys.vit(),
+            toys.arguments(tmp_path),
+            digits.select(range(64)),
+            compute_loss_func=pairwise,
+        )

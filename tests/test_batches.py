@@ -1,0 +1,183 @@
+"""The reserve is a pure function of (seed, rank, position), and rows of many batches become one."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import toys
+from torch.utils.data import DataLoader, default_collate
+
+from hf_importance.batches import (
+    Padding,
+    Pool,
+    Reserve,
+    ReserveDataset,
+    batch_size_of,
+    isolated_rng,
+    merge_rows,
+    split_evenly,
+)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Each example draws from all three global generators."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"index": index, "noise": torch.rand(()) + random.random() + np.random.rand()}
+
+
+def reserve(position=0, workers=0, seed=7, rank=0):
+    loader = DataLoader(Noisy(), batch_size=8, num_workers=workers)
+    return Reserve(ReserveDataset(Noisy(), default_collate, [5, 4], seed, rank), loader, position)
+
+
+def take(batches, count):
+    return [
+        (batch["index"].tolist(), batch["noise"].tolist()) for batch, _ in zip(batches, range(count), strict=False)
+    ]
+
+
+def test_a_batch_depends_on_its_position_alone():
+    first = take(reserve(), 6)
+    assert [len(indices) for indices, _ in first] == [5, 4, 5, 4, 5, 4]
+    torch.rand(3), random.random(), np.random.rand()
+    assert take(reserve(), 6) == first
+    assert take(reserve(position=3), 3) == first[3:]
+    assert take(reserve(workers=2), 6) == first
+    assert take(reserve(workers=2, position=3), 3) == first[3:]
+
+
+def test_seeds_and_ranks_draw_differently():
+    first = take(reserve(), 4)
+    assert take(reserve(seed=8), 4) != first
+    assert take(reserve(rank=1), 4) != first
+
+
+def test_the_examples_of_one_pool_are_distinct_and_all_are_reached():
+    dataset = ReserveDataset(Noisy(), default_collate, [5, 4], 0, 0)
+    seen = set()
+    for position in range(0, 100, 2):
+        pool = dataset.indices(position) + dataset.indices(position + 1)
+        assert len(set(pool)) == 9
+        seen |= set(pool)
+    assert seen == set(range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_streams_do_not_notice(workers):
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = states()
+    take(reserve(workers=workers), 4)
+    assert states() == before
+
+
+def test_the_position_counts_what_was_handed_out():
+    batches = reserve(position=4, workers=2)
+    take(batches, 3)  # workers prefetch more than that
+    assert batches.position in (7, 8)  # zip asks for one more before it ends
+
+
+def test_isolated_rng_restores_after_an_error():
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(KeyError), isolated_rng(3):
+        torch.rand(5)
+        raise KeyError
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+@pytest.mark.parametrize(("total", "largest"), [(48, 32), (64, 32), (7, 3), (1, 5), (100, 33)])
+def test_split_evenly_uses_the_fewest_parts(total, largest):
+    parts = split_evenly(total, largest)
+    assert sum(parts) == total
+    assert len(parts) == -(-total // largest)
+    assert max(parts) - min(parts) <= 1
+
+
+def tokens(rows, side):
+    """Rows of different lengths as a padded batch with labels per token, pad id 9."""
+    length = max(map(len, rows))
+
+    def pad(row, value):
+        filling = [value] * (length - len(row))
+        return filling + row if side == "left" else row + filling
+
+    return {
+        "input_ids": torch.tensor([pad(row, 9) for row in rows]),
+        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),
+        "labels": torch.tensor([pad(row, -100) for row in rows]),
+    }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_different_lengths_are_padded_as_if_collated_together(side):
+    padding = Padding(side=side, values={"labels": -100, "input_ids": 9})
+    first, second = [[1, 2], [3]], [[4, 5, 6, 7], [8]]
+    found = merge_rows([tokens(first, side), tokens(second, side)], [torch.tensor([1, 0]), torch.tensor([0])], padding)
+    expected = tokens([[3], [1, 2], [4, 5, 6, 7]], side)
+    assert {name: value.tolist() for name, value in found.items()} == {n: v.tolist() for n, v in expected.items()}
+
+
+def test_nested_entries_lists_and_shared_values_are_merged():
+    def batch(start):
+        return {
+            "labels": torch.arange(start, start + 2),
+            "nested": {"x": torch.arange(start, start + 2) * 10},
+            "names": [f"n{start}", f"n{start + 1}"],
+            "pair": (torch.arange(start, start + 2), torch.arange(start, start + 2)),
+            "scale": torch.tensor(3.0),
+            "flag": True,
+            "nothing": None,
+        }
+
+    found = merge_rows([batch(0), batch(2)], [torch.tensor([1]), torch.tensor([1, 0])], Padding())
+    assert found["labels"].tolist() == [1, 3, 2]
+    assert found["nested"]["x"].tolist() == [10, 30, 20]
+    assert found["names"] == ["n1", "n3", "n2"]
+    assert [entry.tolist() for entry in found["pair"]] == [[1, 3, 2], [1, 3, 2]]
+    assert (found["scale"].item(), found["flag"], found["nothing"]) == (3.0, True, None)
+
+
+def test_a_pool_gives_its_rows_back_by_index():
+    pool = Pool([{"x": torch.arange(3)}, {"x": torch.arange(3, 5)}, {"x": torch.arange(5, 9)}], Padding())
+    index = torch.tensor([8, 0, 4, 0, 5])
+    batch, order = pool.take(index)
+    assert torch.equal(batch["x"], index[order])
+    assert len(pool) == 9
+    assert torch.cat([chunk["x"] for chunk in pool.chunks(4)]).tolist() == list(range(9))
+    assert [len(chunk["x"]) for chunk in pool.chunks(4)] == [4, 4, 1]
+    assert [len(chunk["x"]) for chunk in pool.chunks(None)] == [3, 2, 4]
+
+
+def test_the_batch_size_is_that_of_the_first_tensor():
+    assert batch_size_of({"flag": True, "x": torch.zeros(3, 2)}) == 3
+    assert batch_size_of({"nested": {"x": torch.zeros(4)}}) == 4
+    with pytest.raises(ValueError, match="holds no tensor"):
+        batch_size_of({"flag": True})
+
+
+def test_the_reserve_reads_a_dataset_in_one_call():
+    class Batched(Noisy):
+        calls = 0
+
+        def __getitems__(self, indices):
+            Batched.calls += 1
+            return [self[i] for i in indices]
+
+    dataset = ReserveDataset(Batched(), default_collate, [6], 0, 0)
+    dataset[0]
+    assert Batched.calls == 1
+
+
+def test_digits_come_collated_as_the_trainer_collates(digits):
+    dataset = ReserveDataset(digits, default_collate, [4], 0, 0)
+    batch = dataset[2]
+    indices = dataset.indices(2)
+    assert torch.equal(batch["labels"], torch.stack([digits[i]["labels"] for i in indices]))
+    assert toys.vit()(batch["pixel_values"]).logits.shape == (4, 10)

@@ -1,0 +1,122 @@
+"""What reaches the backends: every key at every logging step, read back from a real TensorBoard event file."""
+
+import json
+
+import pytest
+import torch
+import toys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import HfArgumentParser
+
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import Report
+from hf_importance.switching import Switch
+
+KEYS = {
+    "tau",
+    "tau_threshold",
+    "batch_size_gain",
+    "active",
+    "active_share",
+    "switches",
+    "max_weight",
+    "effective_sample_size",
+    "scoring_time_share",
+    "examples_scored",
+    "examples_trained",
+    "examples_distinct",
+    "nonfinite_steps",
+}
+
+
+def test_a_tensorboard_file_holds_every_key_and_the_switch(tmp_path, digits, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    args = toys.always_on(tmp_path, report_to="tensorboard", max_steps=6, logging_steps=3)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    found = {tag.removeprefix("train/importance/") for tag in events.Tags()["scalars"] if "importance/" in tag}
+    assert found == KEYS
+    logged = [e for e in trainer.state.log_history if "loss" in e]
+    taus = {event.step: event.value for event in events.Scalars("train/importance/tau")}
+    for entry in logged:
+        assert taus[entry["step"]] == pytest.approx(entry["importance/tau"])
+    # The switch itself: on after the first, uniform step, between two logging steps.
+    assert [(e.step, e.value) for e in events.Scalars("train/importance/active")] == [(1, 1.0), (3, 1.0), (6, 1.0)]
+    # Our arguments stand among the hyperparameters.
+    text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text)["presample_ratio"] == 3.0
+
+
+def test_every_logged_value_is_a_plain_number(tmp_path, digits):
+    trainer = toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), digits.select(range(128)))
+    entries = [e for e in trainer.state.log_history if "importance/tau" in e]
+    assert len(entries) == 5  # steps 2, 4, 6, 8 and the switch
+    for entry in entries:
+        assert {type(value) for name, value in entry.items() if name.startswith("importance/")} <= {int, float}
+    assert {"importance/" + key for key in KEYS} <= set(entries[-1])
+
+
+def test_the_gain_is_tau_squared_and_shares_are_shares(tmp_path, digits):
+    trainer = toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), digits.select(range(128)))
+    for entry in (e for e in trainer.state.log_history if "loss" in e):
+        assert entry["importance/batch_size_gain"] == pytest.approx(entry["importance/tau"] ** 2)
+        assert 0 <= entry["importance/scoring_time_share"] < 1
+        assert 1 <= entry["importance/effective_sample_size"] <= 16
+    assert entry["importance/scoring_time_share"] > 0
+
+
+def test_disabled_logs_nothing_of_ours(tmp_path, digits):
+    args = toys.arguments(tmp_path, importance_sampling=False)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    assert not any(key.startswith("importance/") for entry in trainer.state.log_history for key in entry)
+
+
+def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
+    report = Report(lambda values: [2 * value for value in values])  # two ranks with equal counts
+    switch = Switch(2.0, 0.9)
+    report.step(False)
+    report.uniform_batch(4)
+    report.step(True)
+    report.scored(12, 0.0)
+    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1)
+    first = report.drain(switch)
+    assert first["importance/active_share"] == 0.5
+    assert first["importance/max_weight"] == 3
+    assert first["importance/effective_sample_size"] == pytest.approx((4 + 1.6) / 2)
+    assert first["importance/examples_trained"] == 2 * 6
+    assert first["importance/examples_distinct"] == 2 * 5
+    assert first["importance/examples_scored"] == 2 * 12
+    report.step(False)
+    report.uniform_batch(4)
+    second = report.drain(switch)
+    assert second["importance/active_share"] == 0
+    assert second["importance/max_weight"] == 1
+    assert second["importance/examples_trained"] == 2 * 10
+
+
+def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
+    parser = HfArgumentParser(ImportanceTrainingArguments)
+    settings = {
+        "importance_sampling": False,
+        "importance_score": "loss",
+        "presample_ratio": 4.5,
+        "resampling": "multinomial",
+        "tau_threshold": 1.75,
+        "tau_momentum": 0.5,
+        "scoring_batch_size": 7,
+    }
+    fields = {f.name for f in ImportanceTrainingArguments.__mro__[1].__dataclass_fields__.values()}
+    assert fields == set(settings)
+    line = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
+    assert {name: getattr(args, name) for name in settings} == settings
+    for suffix, dump, parse in (
+        ("json", json.dumps, parser.parse_json_file),
+        ("yaml", lambda d: "\n".join(f"{k}: {json.dumps(v)}" for k, v in d.items()), parser.parse_yaml_file),
+    ):
+        file = tmp_path / f"arguments.{suffix}"
+        file.write_text(dump({"output_dir": str(tmp_path), **settings}))
+        (args,) = parse(str(file))
+        assert {name: getattr(args, name) for name in settings} == settings
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--no_importance_sampling"])
+    assert not args.importance_sampling

@@ -1,0 +1,153 @@
+"""Tiny real models and the pieces of a run that the trainer tests share."""
+
+import random
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_importance import ImportanceTrainingArguments
+
+
+def vit(dropout: float = 0.0, seed: int = 0, **config) -> nn.Module:
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "num_labels": 10,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    return ViTForImageClassification(ViTConfig(**{**settings, **config}))
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=10)
+    return ResNetForImageClassification(config)
+
+
+def mobilenet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = MobileNetV2Config(num_channels=1, depth_multiplier=0.1, depth_divisible_by=4, num_labels=10)
+    return MobileNetV2ForImageClassification(config)
+
+
+def bert(dropout: float = 0.0, seed: int = 0, **config) -> nn.Module:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_labels": 4,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    return BertForSequenceClassification(BertConfig(**{**settings, **config}))
+
+
+def distilbert(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=4, dropout=0.0, attention_dropout=0.0
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+def sentences(examples: int = 64, classes: int = 4, seed: int = 0, length: int = 6) -> Dataset:
+    """Token sequences whose first token tells the class."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(10, 50, (examples, length))
+    labels = generator.integers(0, classes, examples)
+    tokens[:, 0] = labels
+    return Dataset.from_dict(
+        {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+    ).with_format("torch")
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Digits with random noise from all three global generators, as augmentation libraries draw it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        example = dict(self.dataset[index])
+        noise = 0.01 * torch.randn(()) + 0.01 * np.random.rand() + 0.01 * random.random()
+        example["pixel_values"] = example["pixel_values"] + noise
+        return example
+
+
+class Recorder(TrainerCallback):
+    """Keeps the global random streams and the gradient norm after every step."""
+
+    def __init__(self) -> None:
+        self.streams = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.streams.append(
+            (torch.get_rng_state().sum().item(), np.random.get_state()[1].sum(), random.getstate()[1][-1])
+        )
+        self.streams.append(torch.rand(()).item())
+
+
+def arguments(tmp_path, **overrides) -> ImportanceTrainingArguments:
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "max_steps": 8,
+        "logging_steps": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "learning_rate": 1e-2,
+    }
+    return ImportanceTrainingArguments(**{**settings, **overrides})
+
+
+def run(kind: type[Trainer], model: nn.Module, args, dataset, **kwargs) -> Trainer:
+    """Train and give the trainer back."""
+    trainer = kind(model=model, args=args, train_dataset=dataset, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def always_on(tmp_path, **overrides) -> ImportanceTrainingArguments:
+    """Arguments with which importance sampling is on from the second step on."""
+    return arguments(tmp_path, **{"tau_threshold": 1.0 + 1e-9, "tau_momentum": 0.0, **overrides})
+
+
+def own(entry: dict) -> dict:
+    """Take the timings and the keys of importance sampling out of a log entry."""
+    return {
+        name: value
+        for name, value in entry.items()
+        if not name.startswith("importance/") and not name.endswith(("_runtime", "_per_second"))
+    }
