@@ -3,8 +3,8 @@
     python examples/benchmark_step.py                 # ViT, ResNet and BERT of a few million parameters
     python examples/benchmark_step.py --models bert --pairs 9
 
-Both trainers run in one process, in turn (A B, B A, ...), on the same model and data; a row gives the median over the pairs
-and their spread. The result, with hardware and versions, stands in docs/benchmarks.md.
+Both trainers run in one process, in turn (A B, B A, ...), on the same model and data; a row gives the median over the
+pairs and their spread. The result, with hardware and versions, stands in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     (settings,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {settings.batch_size}")
     print(
-        f"\n{'model':8} {'plain ms/step':>14} {'ours / plain, off':>18} {'min':>7} {'max':>7}   (pairs: {settings.pairs})"
+        f"\n{'model':8} {'plain ms/step':>14} {'ours / plain, off':>18} {'min':>7} {'max':>7}  {settings.pairs} pairs"
     )
     for name in settings.models:
         plain, ratios = overhead_while_off(name, make_data(name), settings)
@@ -168,9 +168,8 @@ def main() -> None:
             f"{name:8} {1000 * plain:14.1f} {statistics.median(ratios):18.4f} {min(ratios):7.4f} {max(ratios):7.4f}",
             flush=True,
         )
-    print(
-        f"\n{'model':8} {'own batch':>10} {'presample':>10} {'score':>8} {'resample':>9} {'train':>8} {'score/train':>12}   ms"
-    )
+    heads = f"{'own batch':>10} {'presample':>10} {'score':>8} {'resample':>9} {'train':>8} {'score/train':>12}"
+    print(f"\n{'model':8} {heads}   (ms)")
     for name in settings.models:
         parts = parts_of_a_step(name, make_data(name), settings)
         row = " ".join(

@@ -1,0 +1,91 @@
+"""BatchNorm under importance sampling: no example may change what another one's gradient is.
+
+The weights make a resampled batch unbiased example by example. BatchNorm in training mode ties the examples together:
+a batch of hard examples is normalised by the statistics of hard examples, and the running statistics, which
+evaluation uses, drift to them; no weight repairs either. So in an importance step BatchNorm normalises with its
+running statistics, as it does in evaluation, and these follow the pool, which is uniform: the scoring pass sees all
+of it anyway.
+
+Layers whose randomness or statistics stay within one example (dropout, LayerNorm, GroupNorm, InstanceNorm) need none
+of this: whatever they draw, an example's gradient does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Give the layers that normalise over the batch and keep running statistics (``SyncBatchNorm`` among them)."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [layer for layer in layers if layer.track_running_stats and layer.running_mean is not None]
+
+
+@dataclass
+class Moments:
+    """Count, sum and sum of squares of what reached a layer, per channel; float32, on the layer's device."""
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Moments:
+        """Take the moments of a layer's input, shape ``(b, channels, ...)``."""
+        inputs = inputs.detach().float()
+        dims = [dim for dim in range(inputs.dim()) if dim != 1]
+        count = torch.tensor(float(inputs.numel() // inputs.shape[1]), device=inputs.device)
+        return cls(count, inputs.sum(dims), inputs.square().sum(dims))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Give the moments of both."""
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+
+@contextlib.contextmanager
+def follow_pool(layers: list[_BatchNorm], sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """Move the running statistics of ``layers`` by what passes through them inside the block, as one batch.
+
+    The layers are in ``eval()``, so inside the block they normalise with the statistics they have. Behind it these
+    move once, by the layer's own momentum, towards mean and unbiased variance of all that came, exactly as one
+    training forward pass of that batch would have moved them.
+
+    Args:
+        layers: BatchNorm layers.
+        sum_over_ranks: For ``SyncBatchNorm`` on several ranks: adds up a tensor over them.
+    """
+    found: dict[_BatchNorm, Moments] = {}
+
+    def collect(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments = Moments.of(inputs[0])
+        found[layer] = found[layer] + moments if layer in found else moments
+
+    hooks = [layer.register_forward_pre_hook(collect) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, moments in found.items():
+        if sum_over_ranks is not None and isinstance(layer, nn.SyncBatchNorm):
+            size = len(moments.total)
+            summed = sum_over_ranks(torch.cat([moments.count[None], moments.total, moments.squares]))
+            moments = Moments(summed[0], summed[1 : size + 1], summed[size + 1 :])
+        _move(layer, moments)
+
+
+@torch.no_grad()
+def _move(layer: _BatchNorm, moments: Moments) -> None:
+    mean = moments.total / moments.count
+    # The unbiased variance, as torch keeps it.
+    variance = (moments.squares - moments.count * mean.square()).clamp(min=0) / (moments.count - 1).clamp(min=1)
+    layer.num_batches_tracked += 1
+    momentum = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
+    layer.running_var.lerp_(variance.to(layer.running_var.dtype), momentum)
