@@ -1,8 +1,8 @@
-"""What a model's task head means: how its loss splits by example, its closed-form score, and what it counts.
+"""Which head a model has: chosen by its task's name, or a user's own loss.
 
-The trainer asks a head four things about a batch: the loss of each example, its score, the number of items the loss
-is an average over (a classifier has one an example), and the number of examples. A head is chosen from the model's
-own task name, the suffix that transformers gives its classes (``...ForSequenceClassification``).
+The trainer asks a head about a batch: the loss of each example, its score, and the number of items that the loss is
+an average over (a classifier has one an example, a language model its tokens). The name is the suffix that
+transformers gives its classes (``...ForSequenceClassification``) or the model's attribute ``loss_type``.
 """
 
 from __future__ import annotations
@@ -10,109 +10,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_importance import losses, scores
+from hf_importance import scores
+from hf_importance.losses import IGNORED_LABEL
+from hf_importance.task_heads import (
+    ClassificationHead,
+    Head,
+    MultimodalHead,
+    QuestionAnsweringHead,
+    SegmentationHead,
+    SequenceToSequenceHead,
+    TokenHead,
+    logits_of,
+)
 
-CLASSIFICATION_TASKS = ("ForSequenceClassification", "ForImageClassification")
-
-
-class Head(Protocol):
-    """A loss that is a sum over examples. ``outputs`` is what the model gave, ``inputs`` the batch."""
-
-    def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Give the loss of each example, summed over its items: float32, shape ``(b,)``, differentiable."""
-        ...
-
-    def upper_bound(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Give the norm of each loss's gradient with respect to the logits: float32, shape ``(b,)``."""
-        ...
-
-    def items(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Count what the mean of the loss is taken over: a scalar on the device of the labels."""
-        ...
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """Give the logits of a model's outputs, whether a dict or a tuple, with or without a loss in front."""
-    entries = [outputs.get("logits")] if isinstance(outputs, Mapping) else outputs
-    for entry in entries:
-        # A loss in front of a tuple has no dimension.
-        if isinstance(entry, Tensor) and entry.dim() > 0:
-            return entry
-    raise ValueError("The model's outputs hold no 'logits', and importance sampling scores an example by them.")
+CLASSIFICATION = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForVideoClassification",
+)
+CHOICE = ("ForMultipleChoice", "ForNextSentencePrediction")
+TOKENS = ("ForTokenClassification", "ForMaskedLM")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead")
+GENERATION = ("ForConditionalGeneration", "EncoderDecoderModel", "MarianMTModel")
+ANSWERS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
+SEGMENTATION = ("ForSemanticSegmentation",)
+KNOWN_TASKS = (*CLASSIFICATION, *CHOICE, *TOKENS, *CAUSAL, *GENERATION, *ANSWERS, *SEGMENTATION)
 
 
-def labels_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Give the labels of a batch.
-
-    Raises:
-        ValueError: There are none.
-    """
-    labels = inputs.get("labels")
-    if labels is None:
-        raise ValueError(
-            f"A batch of train_dataset has no 'labels', only {sorted(inputs)}. Importance sampling scores each "
-            "example by its loss: give the dataset a column named 'label' or 'labels' (or a data_collator that makes "
-            "one), or pass importance_sampling=False."
-        )
-    return labels
-
-
-class ClassificationHead:
-    """One class, several labels, or numbers for each example: sequence and image classification.
-
-    Args:
-        problem_type: ``"single_label_classification"``, ``"multi_label_classification"``, ``"regression"``, or None:
-            told from the labels, as transformers does.
-        num_labels: Classes, labels, or outputs of the model.
-        label_smoothing: Share of the target that is spread over all classes, in ``[0, 1)``.
-    """
-
-    def __init__(self, problem_type: str | None, num_labels: int, label_smoothing: float) -> None:
-        self.problem_type = problem_type
-        self.num_labels = num_labels
-        self.label_smoothing = label_smoothing
-
-    def _kind(self, labels: Tensor) -> str:
-        if self.problem_type is not None:
-            return self.problem_type
-        if self.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-    def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Give the loss of each example; see :class:`Head`."""
-        logits, labels = logits_of(outputs), labels_of(inputs)
-        kind = self._kind(labels)
-        if kind == "single_label_classification":
-            return losses.cross_entropy(logits, labels, self.label_smoothing)
-        if kind == "multi_label_classification":
-            return losses.binary_cross_entropy(logits, labels)
-        return losses.squared_error(logits, labels)
-
-    def upper_bound(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Give the score of each example; see :class:`Head`."""
-        logits, labels = logits_of(outputs), labels_of(inputs)
-        kind = self._kind(labels)
-        if kind == "single_label_classification":
-            return scores.upper_bound(logits, labels, self.label_smoothing)
-        if kind == "multi_label_classification":
-            return scores.binary_upper_bound(logits, labels)
-        return scores.squared_error_upper_bound(logits, labels)
-
-    def items(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Count the examples whose label is not ignored; see :class:`Head`."""
-        labels = labels_of(inputs)
-        if self._kind(labels) == "single_label_classification":
-            return (labels != losses.IGNORED_LABEL).sum()
-        return torch.tensor(len(labels), device=labels.device)
-
-
-class FunctionHead:
+class FunctionHead(Head):
     """A user's ``compute_loss_func``, called on one example at a time.
 
     It is the only way to tell the examples of a foreign loss apart: ``num_items_in_batch=1`` makes the function a sum
@@ -121,14 +52,16 @@ class FunctionHead:
 
     Args:
         loss_func: ``compute_loss_func(outputs, labels, num_items_in_batch)``, as ``Trainer`` takes it.
+        shift: Whether ``Trainer`` leaves out the first label of each row when it counts ``num_items_in_batch``.
     """
 
-    def __init__(self, loss_func: Callable[..., Tensor]) -> None:
+    def __init__(self, loss_func: Callable[..., Tensor], shift: bool = False) -> None:
         self.loss_func = loss_func
+        self.shift = shift
 
     def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the loss of each example; see :class:`Head`."""
-        labels = labels_of(inputs)
+        labels = self.labels(inputs)
         size = len(labels)
 
         def row_of(value: Tensor, i: int) -> Tensor:
@@ -144,8 +77,8 @@ class FunctionHead:
         )
 
     def upper_bound(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Give the score of each example; see :class:`Head`."""
-        logits, labels = logits_of(outputs), labels_of(inputs)
+        """Give the score of each example, by autograd; see :class:`Head`."""
+        logits, labels = logits_of(outputs), self.labels(inputs)
 
         def loss(leaf: Tensor) -> Tensor:
             replaced = _map_tensors(outputs, lambda value: leaf if value is logits else value.detach())
@@ -155,28 +88,61 @@ class FunctionHead:
 
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count the labels that are not ignored, as ``Trainer`` does for ``num_items_in_batch``."""
-        return (labels_of(inputs) != losses.IGNORED_LABEL).sum()
+        labels = self.labels(inputs)
+        return ((labels[..., 1:] if self.shift else labels) != IGNORED_LABEL).sum()
 
 
 def head_of(model: nn.Module, label_smoothing: float, compute_loss_func: Callable[..., Tensor] | None) -> Head | None:
     """Choose the head of a model by its task.
 
     Args:
-        model: The unwrapped model.
+        model: The unwrapped model. One from outside transformers says its task by an attribute ``loss_type``, such
+            as ``"ForSequenceClassification"``, or by its class's name.
         label_smoothing: ``label_smoothing_factor`` of the training arguments.
         compute_loss_func: The user's loss, which takes the place of the model's own.
 
     Returns:
         The head, or None where the task is not one whose loss is known to split by example.
     """
-    if compute_loss_func is not None:
-        return FunctionHead(compute_loss_func)
-    # `loss_type` is what transformers itself chooses the loss by; the class name covers models that are not its own.
-    task = f"{getattr(model, 'loss_type', None)} {type(model).__name__}"
     config = getattr(model, "config", None)
-    if config is not None and any(re.search(rf"{known}\b", task) for known in CLASSIFICATION_TASKS):
-        return ClassificationHead(getattr(config, "problem_type", None), config.num_labels, label_smoothing)
-    return None
+    if compute_loss_func is not None:
+        return FunctionHead(compute_loss_func, shift=_is(model, CAUSAL) and not _has_decoder(config))
+    if _is(model, CHOICE):
+        return ClassificationHead("single_label_classification", None, label_smoothing)
+    if _is(model, CLASSIFICATION):
+        problem_type = getattr(config, "problem_type", None)
+        return ClassificationHead(problem_type, getattr(config, "num_labels", None), label_smoothing)
+    if _is(model, ANSWERS):
+        return QuestionAnsweringHead()
+    if _is(model, SEGMENTATION):
+        return SegmentationHead(getattr(config, "semantic_loss_ignore_index", 255))
+    return _token_head(model, config, label_smoothing)
+
+
+def _token_head(model: nn.Module, config: Any, label_smoothing: float) -> Head | None:
+    if _is(model, GENERATION) and _has_decoder(config):
+        # An EncoderDecoderModel makes more of the labels than the decoder's inputs: their attention mask.
+        own = None if _is(model, ("EncoderDecoderModel",)) else "prepare_decoder_input_ids_from_labels"
+        return SequenceToSequenceHead(own and getattr(model, own, None), label_smoothing)
+    if _is(model, TOKENS):
+        return TokenHead(shift=False, label_smoothing=label_smoothing)
+    if not (_is(model, CAUSAL) or _is(model, GENERATION)):
+        return None
+    text = getattr(config, "get_text_config", lambda: config)()
+    weight = getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", None))
+    kind = MultimodalHead if _is(model, GENERATION) else TokenHead
+    return kind(shift=True, label_smoothing=label_smoothing, auxiliary_weight=weight)
+
+
+def _is(model: nn.Module, tasks: tuple[str, ...]) -> bool:
+    # `loss_type` is what transformers itself chooses the loss by; the class name covers models that are not its own.
+    # A user's subclass is what its base is.
+    names = " ".join([str(getattr(model, "loss_type", None)), *(base.__name__ for base in type(model).__mro__)])
+    return any(re.search(rf"{task}\b", names) for task in tasks)
+
+
+def _has_decoder(config: Any) -> bool:
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def score_batch(
     """
     with torch.no_grad():
         if function is not None:
-            result = function(outputs, inputs["labels"])
+            result = function(outputs, head.labels(inputs))
             if not isinstance(result, Tensor) or result.shape != (batch_size_of(inputs),):
                 raise ValueError(
                     "compute_score_func(outputs, labels) must give a tensor with one score an example, shape "
@@ -95,45 +96,64 @@ def score_pool(
         with torch.no_grad():
             return torch.cat(
                 [
-                    score_batch(model(**without_labels(batch)), batch, head, kind, function)
+                    score_batch(model(**head.model_inputs(batch)), batch, head, kind, function)
                     for batch in pool.chunks(batch_size)
                 ]
             )
 
 
-def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what the model is called with when the loss is computed outside it."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)}
+@dataclass
+class Draw:
+    """One training batch drawn from a pool, and what it stands for.
+
+    Attributes:
+        batch: The rows that are trained on, with their entry ``importance_weights``; on the device.
+        weights: The same weights; on the CPU.
+        distinct: How many of its rows are distinct.
+        items: What a uniform batch of its size would have counted in expectation: the pool's items times n / B.
+    """
+
+    batch: dict[str, Any]
+    weights: Tensor
+    distinct: int
+    items: float
 
 
-def draw(
-    pool: Pool, pool_scores: Tensor, size: int, method: Resampling, generator: torch.Generator
-) -> tuple[dict[str, Any], Tensor, int]:
-    """Draw the training batch of a step from a scored pool.
+def draw(pool: Pool, pool_scores: Tensor, items: Tensor, method: Resampling, generator: torch.Generator) -> Draw:
+    """Draw as many examples from a scored pool as the Trainer's own batch, its first, has.
 
     Args:
-        pool: The examples; the first ``size`` of them are the Trainer's own batch.
+        pool: The examples.
         pool_scores: Score of each, non-negative; on the CPU, shape ``(B,)``.
-        size: How many to keep, ``n``.
+        items: Item count of each batch of the pool; on the CPU.
         method: ``"systematic"`` or ``"multinomial"``.
         generator: Source of randomness, on the CPU.
-
-    Returns:
-        The batch with its entry ``importance_weights``, the weights on the CPU, and the number of distinct examples.
     """
+    size = pool.sizes[0]
     index, weights = resample(pool_scores, size, method, generator)
     batch, order = pool.take(index)
     weights = weights[order].float()
+    share = float(items.sum()) * size / len(pool)
+    return Draw(_weighted(batch, weights), weights, len(index.unique()), share)
+
+
+def keep_own(pool: Pool, items: Tensor) -> Draw:
+    """Keep the Trainer's own batch of a pool, each example with weight 1; arguments as for :func:`draw`."""
+    weights = torch.ones(pool.sizes[0])
+    return Draw(_weighted(pool.batches[0], weights), weights, pool.sizes[0], float(items[0]))
+
+
+def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:
     device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-    given = batch.get(WEIGHTS)
     on_device = weights.to(device, non_blocking=True)
-    return {**batch, WEIGHTS: on_device if given is None else given * on_device}, weights, len(index.unique())
+    given = batch.get(WEIGHTS)
+    return {**batch, WEIGHTS: on_device if given is None else given * on_device}
 
 
 def _gradient_norms(model: nn.Module, pool: Pool, head: Head) -> Tensor:
     def losses() -> Iterator[Tensor]:
         for batch in pool.chunks(1):
-            loss = head.losses(model(**without_labels(batch)), batch).sum()
+            loss = head.losses(model(**head.model_inputs(batch)), batch).sum()
             yield loss * batch[WEIGHTS].sum() if WEIGHTS in batch else loss
 
     with torch.enable_grad():

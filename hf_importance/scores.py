@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from hf_importance.losses import IGNORED_LABEL
+from hf_importance.losses import IGNORED_LABEL, PIECE
 
 
 @torch.no_grad()
@@ -41,8 +41,8 @@ def upper_bound(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
     """
     labels = labels.view(-1, 1)
     ignored = labels == IGNORED_LABEL
-    index = labels.masked_fill(ignored, 0)
-    residual = logits.float().softmax(dim=-1).scatter(1, index, 0.0)
+    index = labels.masked_fill(ignored, 0).long()
+    residual = logits.softmax(dim=-1, dtype=torch.float32).scatter_(1, index, 0.0)
     # 1 - p_y as the sum of the others: p_y itself rounds to 1 in float32 from a margin of 17 nats on.
     residual.scatter_(1, index, -residual.sum(dim=-1, keepdim=True))
     if label_smoothing:
@@ -50,6 +50,49 @@ def upper_bound(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
         residual -= label_smoothing / residual.shape[-1]
         residual.scatter_add_(1, index, torch.full_like(residual[:, :1], label_smoothing))
     return residual.norm(dim=-1).masked_fill(ignored.view(-1), 0.0)
+
+
+@torch.no_grad()
+def token_norms(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Norm of ``softmax(logits) - target`` of each token, in pieces: the probabilities never exist all at once.
+
+    Args:
+        logits: Shape ``(b, tokens, classes)``.
+        labels: Class that each position of the logits is for, integer, shape ``(b, tokens)``; -100 gives 0.
+        label_smoothing: Share of the target that is spread over all classes, in ``[0, 1)``.
+
+    Returns:
+        Shape ``(b, tokens)``, float32, in ``[0, sqrt(2)]``.
+    """
+    rows = max(1, PIECE // logits.shape[-1])
+    pieces = zip(logits.flatten(0, 1).split(rows), labels.reshape(-1).split(rows), strict=True)
+    return torch.cat([upper_bound(piece, targets, label_smoothing) for piece, targets in pieces]).view(labels.shape)
+
+
+def sum_of_norms(norms: Tensor) -> Tensor:
+    """Bound the norm of a sum of token gradients by the triangle inequality; reached where all point one way.
+
+    Args:
+        norms: Norm of each token's gradient, shape ``(b, tokens)``.
+
+    Returns:
+        Shape ``(b,)``.
+    """
+    return norms.sum(dim=-1)
+
+
+def root_of_squares(norms: Tensor) -> Tensor:
+    """Norm of the gradient with respect to the logits of all tokens together.
+
+    It is also the norm that the sum of the token gradients has in expectation where they are uncorrelated.
+
+    Args:
+        norms: Norm of each token's gradient, shape ``(b, tokens)``.
+
+    Returns:
+        Shape ``(b,)``.
+    """
+    return norms.norm(dim=-1)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
+from hf_importance.batch_norm import batch_norm_layers, follow_pool
 from hf_importance.batches import (
     WEIGHTS,
     Padding,
@@ -35,10 +36,10 @@ from hf_importance.batches import (
     split_evenly,
 )
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
-from hf_importance.heads import CLASSIFICATION_TASKS, Head, head_of, labels_of
-from hf_importance.losses import IGNORED_LABEL
+from hf_importance.checks import NO_ITEMS, check_dataset, check_setup, unknown_head
+from hf_importance.heads import Head, head_of
 from hf_importance.normalisation import LossScale
-from hf_importance.presampling import draw, score_batch, score_pool, without_labels
+from hf_importance.presampling import draw, keep_own, score_batch, score_pool
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
 from hf_importance.training_args import ImportanceArguments
@@ -75,11 +76,20 @@ class ImportanceMixin(Trainer):
         self._sampling = self.importance_args.importance_sampling
         self._head = self._choose_head()
         if self._head is not None:
-            self._loss_scale = LossScale(self._head)
+            self._loss_scale = LossScale(self._head, getattr(self, "_loss_shifts_labels", False))
             # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
             self.loss_is_scaled_for_ga = True
+        self._batch_norm = batch_norm_layers(self.model)
+        if self._batch_norm and (self._sampling or self.importance_args.batch_norm == "frozen"):
+            logger.info(
+                "%s has %d BatchNorm layers: batch_norm=%r, %s.",
+                type(self.model).__name__,
+                len(self._batch_norm),
+                self.importance_args.batch_norm,
+                _BATCH_NORM_MEANING[self.importance_args.batch_norm],
+            )
         if self._sampling:
-            _refuse_what_cannot_work(self.importance_args, self.args)
+            check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(self._importance_state_dict)
             self.add_callback(self._state_callback)
             self._begin_importance()
@@ -91,13 +101,7 @@ class ImportanceMixin(Trainer):
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         head = head_of(model, smoothing, self.compute_loss_func)
         if head is None and self._sampling:
-            raise ValueError(
-                f"Importance sampling needs the loss of each example, and does not know how that of "
-                f"{type(model).__name__} splits. Known are models whose class name ends in "
-                f"{' or '.join(CLASSIFICATION_TASKS)}. What to do: pass a compute_loss_func(outputs, labels, "
-                "num_items_in_batch) that is a sum over examples divided by num_items_in_batch, or train as the plain "
-                "Trainer does with importance_sampling=False."
-            )
+            raise ValueError(unknown_head(model))
         return head
 
     # ---- State: fresh at every train(), or from the checkpoint that it resumes ----
@@ -131,6 +135,7 @@ class ImportanceMixin(Trainer):
                 self._switch.load_state_dict(saved["switch"])
                 self._report.totals = Totals(**saved["totals"])
                 self._reserve_start = saved["reserve_position"]
+                self._loss_scale.over_step = saved["loss_over_step"]
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
         self.remove_callback(ImportanceStateCallback)
         self.add_callback(self._state_callback)
@@ -142,6 +147,7 @@ class ImportanceMixin(Trainer):
             "switch": self._switch.state_dict(),
             "totals": dataclasses.asdict(self._report.totals),
             "reserve_position": position,
+            "loss_over_step": self._loss_scale.over_step,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -155,12 +161,11 @@ class ImportanceMixin(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Give the Trainer's own loader, untouched, after checking that a pool can be drawn from its dataset."""
-        loader = super().get_train_dataloader()
-        if self._sampling:
-            self._train_loader = loader
-            if not isinstance(loader.dataset, IterableDataset):
-                self._refuse_small_dataset(len(loader.dataset))
-        return loader
+        data = self.train_dataset
+        if self._sampling and data is not None and not isinstance(data, IterableDataset):
+            check_dataset(len(data), self._train_batch_size, self.importance_args.presample_ratio)
+        self._train_loader = super().get_train_dataloader()
+        return self._train_loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -177,66 +182,70 @@ class ImportanceMixin(Trainer):
         if self._sampling:
             self._follow_state()
             self._settle()
-            labels_of(batches[0])
+            self._head.labels(batches[0])
             self._report.step(self._switch.active)
             if self._switch.active:
                 return self._presample(batches, epoch_iterator)
             for batch in batches:
                 self._report.uniform_batch(batch_size_of(batch))
             self._awaiting = True
-        if (num_batches > 1 or self._ranks > 1) and "labels" in batches[0] and not self._loss_scale.over_step:
+        if any(name not in batches[0] for name in self._head.label_names):
+            self._leave_loss_to_trainer()
+        elif (num_batches > 1 or self._ranks > 1) and (not self._loss_scale.over_step or WEIGHTS in batches[0]):
             self._step_items = self._count_items(batches)
         return batches, num_items
 
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
         """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
         started = time.perf_counter()
-        settings, head = self.importance_args, self._head
-        pools, found, counted = [], [], []
+        pools = []
         for batch in batches:
             own_and_reserve = [batch, *self._reserve_batches(epoch_iterator)]
-            pool = Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding())
-            pools.append(pool)
-            found.append(
-                score_pool(
-                    self.model,
-                    pool,
-                    head,
-                    settings.importance_score,
-                    self.compute_score_func,
-                    settings.scoring_batch_size,
-                )
-            )
-            counted += [head.items(part) for part in pool.batches]
-        # The one wait for the device of an importance step: scores and counts come to the host together.
-        on_host = torch.cat([*found, torch.stack(counted)]).double().cpu()
-        all_scores, items = on_host.split([sum(map(len, pools)), len(counted)])
-        finite = self._update_tau(len(all_scores), float(all_scores.sum()), float(all_scores.square().sum()))
-        drawn, step_items, start = [], 0.0, 0
-        for micro, (pool, pool_scores) in enumerate(
-            zip(pools, all_scores.split([len(pool) for pool in pools]), strict=True)
-        ):
-            size = pool.sizes[0]
-            pool_items = items[start : start + len(pool.sizes)]
-            start += len(pool.sizes)
+            pools.append(Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding()))
+        scores, items = self._score(pools)
+        together = torch.cat(scores)
+        finite = self._update_tau(len(together), float(together.sum()), float(together.square().sum()))
+        drawn, step_items = [], 0.0
+        for micro, (pool, pool_scores, pool_items) in enumerate(zip(pools, scores, items, strict=True)):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
                 generator = torch.Generator().manual_seed(seed)
-                batch, weights, distinct = draw(pool, pool_scores, size, settings.resampling, generator)
-                step_items += float(pool_items.sum()) * size / len(pool)
+                found = draw(pool, pool_scores, pool_items, self.importance_args.resampling, generator)
             else:
-                weights, distinct = torch.ones(size), size
-                batch = {**pool.batches[0], WEIGHTS: weights.to(found[0].device)}
-                step_items += float(pool_items[0])
-            self._report.weighted_batch(weights, distinct)
-            drawn.append(batch)
+                found = keep_own(pool, pool_items)
+            self._report.weighted_batch(found.weights, found.distinct)
+            drawn.append(found.batch)
+            step_items += found.items
         if step_items == 0:
-            raise ValueError(_NO_ITEMS.format(step=self.state.global_step + 1))
+            raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
         if self.args.average_tokens_across_devices:
             (step_items,) = self._sum_over_ranks([step_items])
         self._step_items = step_items
-        self._report.scored(len(all_scores), time.perf_counter() - started)
+        self._report.scored(len(together), time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
+
+    def _score(self, pools: list[Pool]) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the scores of each pool, and the item count of each of its batches; on the CPU, float64."""
+        settings, scores, items = self.importance_args, [], []
+        following = self._batch_norm if settings.batch_norm == "running" else []
+        for pool in pools:
+            with follow_pool(following, self._sum_tensor_over_ranks):
+                scores.append(
+                    score_pool(
+                        self.model,
+                        pool,
+                        self._head,
+                        settings.importance_score,
+                        self.compute_score_func,
+                        settings.scoring_batch_size,
+                    )
+                )
+            items += [self._loss_scale.items(batch) for batch in pool.batches]
+        # The one wait for the device of an importance step: scores and counts come to the host together.
+        on_host = torch.cat([*scores, torch.stack(items)]).cpu().double()
+        sizes = [len(pool) for pool in pools]
+        all_scores, all_items = on_host.split([sum(sizes), len(items)])
+        return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
 
     def compute_loss(
         self,
@@ -250,6 +259,7 @@ class ImportanceMixin(Trainer):
         In training it keeps the scores that the logits give on the way, and sees to it that the loss is a mean over
         the items of the whole optimizer step also for models that ignore ``num_items_in_batch``.
         """
+        self._hold_batch_norm(model.training, WEIGHTS in inputs)
         if self._head is None or not (model.training or WEIGHTS in inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # the Trainer takes the labels out of `inputs` for label smoothing
@@ -267,12 +277,25 @@ class ImportanceMixin(Trainer):
             self._pending.append((score, self._head.items(batch)))
         return (loss, outputs) if return_outputs else loss
 
+    def _hold_batch_norm(self, training: bool, weighted: bool) -> None:
+        """Let BatchNorm use its running statistics in this forward pass, where the policy says so."""
+        policy = self.importance_args.batch_norm
+        if training and (policy == "frozen" or (policy == "running" and weighted)):
+            for layer in self._batch_norm:
+                layer.eval()  # until the next training_step calls model.train()
+
     def _weighted_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        outputs = model(**without_labels(batch))
+        outputs = model(**self._head.model_inputs(batch))
         total = (batch[WEIGHTS] * self._head.losses(outputs, batch)).sum()
-        if model.training and self._step_items is not None:
-            return total / self._step_items * self._averaged_ranks, outputs
-        return total / self._head.items(batch), outputs
+        auxiliary = self._head.auxiliary(outputs)
+        if not (model.training and self._step_items is not None):
+            loss = total / self._head.items(batch)
+            return (loss if auxiliary is None else loss + auxiliary), outputs
+        loss = total / self._step_items * self._averaged_ranks
+        if auxiliary is not None:
+            # As often as the uniform step adds it, so that switching does not change its weight.
+            loss = loss + self._loss_scale.rescale(auxiliary * self._averaged_ranks, batch, self._step_items, ranks=1)
+        return loss, outputs
 
     def _normalised(self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         """Bring the model's own loss of a micro-batch to a mean over the step."""
@@ -286,12 +309,15 @@ class ImportanceMixin(Trainer):
             except ValueError:
                 if self._sampling:
                     raise
-                # Nobody asked for importance sampling: whatever the loss is, it is the plain Trainer's.
-                self._head, self.loss_is_scaled_for_ga, self._step_items = None, type(self).loss_is_scaled_for_ga, None
+                self._leave_loss_to_trainer()
                 return loss
         if self._step_items is None:
             return loss
         return scale.rescale(loss, batch, self._step_items, self._averaged_ranks // multiplied)
+
+    def _leave_loss_to_trainer(self) -> None:
+        """Nobody asked for importance sampling, and the head does not know this loss: it is the plain Trainer's."""
+        self._head, self.loss_is_scaled_for_ga, self._step_items = None, type(self).loss_is_scaled_for_ga, None
 
     # ---- τ and the log ----
 
@@ -310,7 +336,7 @@ class ImportanceMixin(Trainer):
                 [found.sum(), found.square().sum(), items.min(), items.sum()]
             ).tolist()
             if all_items == 0 or (fewest == 0 and not self._loss_scale.over_step):
-                raise ValueError(_NO_ITEMS.format(step=self.state.global_step))
+                raise ValueError(NO_ITEMS.format(step=self.state.global_step))
         self._update_tau(count, total, squares)
 
     def _update_tau(self, count: int, total: float, squares: float) -> bool:
@@ -371,10 +397,13 @@ class ImportanceMixin(Trainer):
         """Add up numbers over all ranks in one collective; on one rank nothing crosses any network."""
         if self._ranks == 1:
             return values
-        return self.accelerator.reduce(torch.tensor(values, device=self.args.device), "sum").tolist()
+        return self._sum_tensor_over_ranks(torch.tensor(values, device=self.args.device)).tolist()
+
+    def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
+        return tensor if self._ranks == 1 else self.accelerator.reduce(tensor, "sum")
 
     def _count_items(self, batches: list) -> Tensor:
-        items = torch.stack([self._head.items(batch) for batch in batches]).sum().to(self.args.device)
+        items = torch.stack([self._loss_scale.items(batch) for batch in batches]).sum().to(self.args.device)
         if self._averaged_ranks > 1:
             items = self.accelerator.reduce(items, "sum")
         return items
@@ -399,10 +428,10 @@ class ImportanceMixin(Trainer):
         pad = getattr(processing, "pad_token_id", None)
         if pad is None:
             pad = getattr(config, "pad_token_id", None)
-        return Padding(
-            side=getattr(processing, "padding_side", "right"),
-            values={"labels": IGNORED_LABEL, "input_ids": 0 if pad is None else pad},
-        )
+        labels = dict.fromkeys(("labels", "shift_labels"), self._head.ignored_label)
+        # Positions in a text stay right only if what is added comes behind it.
+        side = "right" if "start_positions" in self._head.label_names else getattr(processing, "padding_side", "right")
+        return Padding(side=side, values={**labels, "input_ids": 0 if pad is None else pad})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer`` does; the reserve's workers end with the run."""
@@ -412,44 +441,13 @@ class ImportanceMixin(Trainer):
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
 
-    def _refuse_small_dataset(self, examples: int) -> None:
-        size, ratio = self._train_batch_size, self.importance_args.presample_ratio
-        pool = math.ceil(size * ratio)
-        if examples < pool:
-            raise ValueError(
-                f"train_dataset has {examples} examples, fewer than the pool of {pool} that an importance step scores "
-                f"(presample_ratio={ratio:g} times a batch of {size}). What to do: lower per_device_train_batch_size "
-                "or presample_ratio, or train with importance_sampling=False."
-            )
+
+_BATCH_NORM_MEANING = {
+    "running": "an importance step normalises with the running statistics, and these follow the uniform pool",
+    "batch": "left alone, so that in importance steps the running statistics drift to the hard examples",
+    "frozen": "the running statistics stay as they are, in every step",
+}
 
 
 class ImportanceTrainer(ImportanceMixin, Trainer):
     """``transformers.Trainer`` with importance sampling: swap the two words, change nothing else."""
-
-
-_NO_ITEMS = (
-    "Step {step}: every label of a batch is ignored (-100), so its loss is 0 / 0. Remove such examples from "
-    "train_dataset, or see whether the data_collator should have made labels for them."
-)
-
-
-def _refuse_what_cannot_work(settings: ImportanceArguments, args: Any) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel; importance "
-            f"sampling needs one process a GPU. Start the script with: accelerate launch --num_processes {args.n_gpu} "
-            "script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
-        )
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    highest = math.sqrt(examples)
-    if settings.threshold < highest:
-        return
-    message = (
-        f"tau is measured on the {examples} examples of one optimizer step while importance sampling is off, so it "
-        f"cannot pass {highest:.3g}, and the {{which}} tau_threshold of {settings.threshold:.3g} is never passed. "
-        f"What to do: take more than {settings.threshold**2:.3g} examples an optimizer step "
-        f"(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below {highest:.3g}."
-    )
-    if settings.tau_threshold is not None:
-        raise ValueError(message.format(which="given"))
-    logger.warning("Importance sampling will stay off: %s", message.format(which="derived"))

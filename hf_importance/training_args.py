@@ -12,6 +12,7 @@ from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
+BATCH_NORM_POLICIES = ("running", "batch", "frozen")
 
 
 @dataclass
@@ -60,10 +61,19 @@ class ImportanceArguments:
         default=None,
         metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
     )
+    batch_norm: str = field(
+        default="running",
+        metadata={
+            "help": "BatchNorm in importance steps: 'running' (normalise with the running statistics, which follow "
+            "the uniform pool), 'batch' (left alone: they drift to the hard examples), or 'frozen' (as they are, in "
+            "every step, whether importance sampling is on or not)."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check every value before anything is built from it."""
         _check_choice("importance_score", self.importance_score, SCORES)
+        _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("resampling", self.resampling, get_args(Resampling))
         if not (math.isfinite(self.presample_ratio) and self.presample_ratio > 1):
             raise ValueError(

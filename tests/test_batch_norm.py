@@ -1,10 +1,13 @@
 """BatchNorm: the running statistics move by the pool as one training pass of it would move them."""
 
+import logging
+
 import pytest
 import torch
 import toys
 from torch import nn
 
+from hf_importance import ImportanceTrainer
 from hf_importance.batch_norm import batch_norm_layers, follow_pool
 
 
@@ -64,3 +67,58 @@ def test_an_error_inside_leaves_the_statistics_and_no_hook():
         raise KeyError
     assert torch.equal(layer.running_mean, torch.zeros(3))
     assert not layer._forward_pre_hooks
+
+
+def train(tmp_path, digits, policy, **overrides):
+    """Train a ResNet, importance sampling on from step 2, label 0 scored 50 times the others; give it and the data."""
+    data = digits.select(range(256)).map(lambda e: {"pixel_values": e["pixel_values"] * (1 + 3 * (e["labels"] == 0))})
+    model = toys.resnet()
+    args = toys.always_on(tmp_path, batch_norm=policy, max_steps=40, learning_rate=0.0, **overrides)
+    score = lambda outputs, labels: 1.0 + 49.0 * (labels == 0)  # noqa: E731
+    trainer = toys.run(ImportanceTrainer, model, args, data, compute_score_func=score)
+    return trainer.model, data
+
+
+def first_layer_mean(model, data):
+    """Mean of what reaches the first BatchNorm over the whole data set."""
+    with torch.no_grad():
+        return model.resnet.embedder.embedder.convolution(data["pixel_values"][:]).mean((0, 2, 3))
+
+
+@pytest.mark.parametrize("policy", ["running", "batch"])
+def test_running_statistics_follow_the_uniform_data_and_not_the_hard_examples(tmp_path, digits, policy):
+    model, data = train(tmp_path, digits, policy)
+    expected = first_layer_mean(model, data)
+    found = model.resnet.embedder.embedder.normalization.running_mean
+    distance = float((found - expected).norm() / expected.norm())
+    assert distance < 0.05 if policy == "running" else distance > 0.2, distance
+
+
+def test_frozen_statistics_do_not_move(tmp_path, digits):
+    model, _ = train(tmp_path, digits, "frozen")
+    assert float(model.resnet.embedder.embedder.normalization.running_mean.norm()) == 0
+    assert model.resnet.embedder.embedder.normalization.num_batches_tracked == 0
+
+
+def test_an_examples_gradient_does_not_depend_on_its_neighbours(tmp_path, digits):
+    # Weights 1 and 0: the second example's pixels must not reach the first one's gradient.
+    trainer = ImportanceTrainer(toys.resnet(), toys.arguments(tmp_path), train_dataset=digits)
+    gradients = []
+    for neighbour in (1, 2):
+        model = trainer.model.train()
+        model.zero_grad()
+        batch = digits[[0, neighbour]]
+        loss = trainer.compute_loss(model, {**batch, "importance_weights": torch.tensor([1.0, 0.0])})
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_choice_is_said_once_at_construction(tmp_path, digits, caplog):
+    with caplog.at_level(logging.INFO, "hf_importance"):
+        ImportanceTrainer(toys.resnet(), toys.arguments(tmp_path), train_dataset=digits)
+        ImportanceTrainer(toys.vit(), toys.arguments(tmp_path), train_dataset=digits)
+    assert [r.getMessage() for r in caplog.records] == [
+        "ResNetForImageClassification has 8 BatchNorm layers: batch_norm='running', an importance step normalises "
+        "with the running statistics, and these follow the uniform pool."
+    ]

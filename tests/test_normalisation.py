@@ -136,14 +136,14 @@ def test_weights_of_one_are_the_models_own_loss_and_gradient(tmp_path):
 
 
 def test_a_loss_that_is_no_plain_mean_is_refused_at_the_first_step(tmp_path):
-    class WeightedBertForSequenceClassification(toys.BertForSequenceClassification):
+    class WithClassWeights(toys.BertForSequenceClassification):
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
             outputs = super().forward(input_ids, attention_mask)
             weight = torch.tensor([1.0, 5.0, 1.0, 1.0])
             outputs.loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight) * 1.5
             return outputs
 
-    model = WeightedBertForSequenceClassification(toys.bert().config)
+    model = WithClassWeights(toys.bert().config)
     with pytest.raises(ValueError, match=r"The loss of the first batch is .*class weights.*importance_sampling=False"):
         toys.run(ImportanceTrainer, model, toys.arguments(tmp_path), toys.sentences())
     toys.run(ImportanceTrainer, model, toys.arguments(tmp_path, importance_sampling=False), toys.sentences())

@@ -104,6 +104,7 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
         "tau_threshold": 1.75,
         "tau_momentum": 0.5,
         "scoring_batch_size": 7,
+        "batch_norm": "frozen",
     }
     fields = {f.name for f in ImportanceTrainingArguments.__mro__[1].__dataclass_fields__.values()}
     assert fields == set(settings)

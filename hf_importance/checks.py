@@ -1,0 +1,75 @@
+"""What is refused before training, in words that name the argument, its value, and what to do."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_importance.heads import KNOWN_TASKS
+from hf_importance.training_args import ImportanceArguments
+
+logger = logging.getLogger(__name__)
+
+NO_ITEMS = (
+    "Step {step}: every label of a batch is ignored (-100), so its loss is 0 / 0. Remove such examples from "
+    "train_dataset, or see whether the data_collator should have made labels for them."
+)
+
+
+def unknown_head(model: nn.Module) -> str:
+    """Say that a model's loss is not known to split by example, and what to do."""
+    return (
+        f"Importance sampling needs the loss of each example, and does not know how that of {type(model).__name__} "
+        f"splits. Known are models whose class name ends in {', '.join(KNOWN_TASKS[:-1])} or {KNOWN_TASKS[-1]}, or "
+        "whose attribute loss_type is one of these. What to do: pass a compute_loss_func(outputs, labels, "
+        "num_items_in_batch) that is a sum over examples divided by num_items_in_batch, or train as the plain Trainer "
+        "does with importance_sampling=False."
+    )
+
+
+def check_dataset(examples: int, batch_size: int, presample_ratio: float) -> None:
+    """Refuse a dataset from which no pool can be drawn.
+
+    Raises:
+        ValueError: It has fewer examples than a pool.
+    """
+    pool = math.ceil(batch_size * presample_ratio)
+    if examples < pool:
+        raise ValueError(
+            f"train_dataset has {examples} examples, fewer than the pool of {pool} that an importance step scores "
+            f"(presample_ratio={presample_ratio:g} times a batch of {batch_size}). What to do: lower "
+            "per_device_train_batch_size or presample_ratio, or train with importance_sampling=False."
+        )
+
+
+def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
+    """Refuse what could not work: several GPUs in one process, and a threshold that τ can never pass.
+
+    A *derived* threshold with that fate only warns: swapping two words must always train.
+
+    Raises:
+        ValueError: It could not work.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel; importance "
+            "sampling needs one process a GPU. Start the script with: accelerate launch --multi_gpu --num_processes "
+            f"{args.n_gpu} script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+        )
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    highest = math.sqrt(examples)
+    if settings.threshold < highest:
+        return
+    message = (
+        f"tau is measured on the {examples} examples of one optimizer step while importance sampling is off, so it "
+        f"cannot pass {highest:.3g}, and the {{which}} tau_threshold of {settings.threshold:.3g} is never passed. "
+        f"What to do: take more than {settings.threshold**2:.3g} examples an optimizer step "
+        "(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below "
+        f"{highest:.3g}."
+    )
+    if settings.tau_threshold is not None:
+        raise ValueError(message.format(which="given"))
+    logger.warning("Importance sampling will stay off: %s", message.format(which="derived"))
