@@ -74,7 +74,22 @@ class ImportanceMixin(Trainer):
         self.importance_args = given if isinstance(given, ImportanceArguments) else ImportanceArguments()
         self.compute_score_func = compute_score_func
         self._sampling = self.importance_args.importance_sampling
-        self._head = self._choose_head()
+        self._look_at_model()
+        if self._sampling:
+            check_setup(self.importance_args, self.args)
+            self._state_callback = ImportanceStateCallback(self._importance_state_dict)
+            self.add_callback(self._state_callback)
+            self._begin_importance()
+        self._seen_state: object = None
+        self._step_items: Tensor | float | None = None
+
+    def _look_at_model(self) -> None:
+        """Find the head and the BatchNorm layers of the model."""
+        model = self.accelerator.unwrap_model(self.model)
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        self._head: Head | None = head_of(model, smoothing, self.compute_loss_func)
+        if self._head is None and self._sampling:
+            raise ValueError(unknown_head(model))
         if self._head is not None:
             self._loss_scale = LossScale(self._head, getattr(self, "_loss_shifts_labels", False))
             # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
@@ -88,21 +103,6 @@ class ImportanceMixin(Trainer):
                 self.importance_args.batch_norm,
                 _BATCH_NORM_MEANING[self.importance_args.batch_norm],
             )
-        if self._sampling:
-            check_setup(self.importance_args, self.args)
-            self._state_callback = ImportanceStateCallback(self._importance_state_dict)
-            self.add_callback(self._state_callback)
-            self._begin_importance()
-        self._seen_state: object = None
-        self._step_items: Tensor | float | None = None
-
-    def _choose_head(self) -> Head | None:
-        model = self.accelerator.unwrap_model(self.model)
-        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        head = head_of(model, smoothing, self.compute_loss_func)
-        if head is None and self._sampling:
-            raise ValueError(unknown_head(model))
-        return head
 
     # ---- State: fresh at every train(), or from the checkpoint that it resumes ----
 
@@ -161,6 +161,8 @@ class ImportanceMixin(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Give the Trainer's own loader, untouched, after checking that a pool can be drawn from its dataset."""
+        if self.model_init is not None:  # train() has made a new model
+            self._look_at_model()
         data = self.train_dataset
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
             check_dataset(len(data), self._train_batch_size, self.importance_args.presample_ratio)
@@ -424,14 +426,17 @@ class ImportanceMixin(Trainer):
             yield next(self._reserve)
 
     def _padding(self) -> Padding:
-        processing, config = self.processing_class, getattr(self.model, "config", None)
+        # Who pads knows how: the collator's tokenizer, else the processing class or the tokenizer in it.
+        processing = getattr(self.data_collator, "tokenizer", None) or self.processing_class
+        processing = getattr(processing, "tokenizer", processing)
         pad = getattr(processing, "pad_token_id", None)
         if pad is None:
-            pad = getattr(config, "pad_token_id", None)
+            pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         labels = dict.fromkeys(("labels", "shift_labels"), self._head.ignored_label)
+        tokens = dict.fromkeys(("input_ids", "decoder_input_ids"), 0 if pad is None else pad)
         # Positions in a text stay right only if what is added comes behind it.
         side = "right" if "start_positions" in self._head.label_names else getattr(processing, "padding_side", "right")
-        return Padding(side=side, values={**labels, "input_ids": 0 if pad is None else pad})
+        return Padding(side=side, values={**labels, **tokens})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer`` does; the reserve's workers end with the run."""

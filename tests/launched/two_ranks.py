@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import toys
-from accelerate.utils import DataLoaderConfiguration  # noqa: F401 - the options below are its fields
 from datasets import Dataset
 
 from hf_importance import ImportanceTrainer
@@ -71,7 +70,6 @@ def cases(folder, ranks):
     uneven = toys.sentences(16 * 3 + 5)
     for name, config in {
         "uneven": {},
-        "uneven, no even batches": {"even_batches": False},
         "split batches": {"split_batches": True},
         "dispatched": {"dispatch_batches": True},
     }.items():
