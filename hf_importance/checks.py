@@ -61,8 +61,8 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
         )
     if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ValueError(
-            "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait for "
-            "it for ever. Leave even_batches True, or set dataloader_drop_last=True."
+            "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
+            "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
     examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     highest = math.sqrt(examples)
