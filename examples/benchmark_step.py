@@ -45,6 +45,14 @@ class BenchmarkArguments:
     batch_size: int = field(default=32, metadata={"help": "Examples a step."})
 
 
+def now() -> float:
+    """Give the time in seconds: of the wall with an accelerator, else of the CPU, which no other program changes."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 class StepTimes(TrainerCallback):
     """Seconds from the end of one step to the end of the next: data, forward, backward, optimizer, all of it."""
 
@@ -53,9 +61,7 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Keep the time, once the device is done."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
     def median(self) -> float:
         """Give the median over the steps after the third."""
@@ -129,26 +135,20 @@ def parts_of_a_step(name: str, data: Dataset, settings: BenchmarkArguments) -> d
     own_batches = iter(loader)
     times: dict[str, list[float]] = {part: [] for part in ("own batch", "presample", "score", "resample", "train")}
     for step in range(settings.steps + 1):
-        marks = [time.perf_counter()]
-
-        def mark(marks: list[float] = marks) -> None:
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            marks.append(time.perf_counter())
-
+        marks = [now()]
         own = next(own_batches)
-        mark()
+        marks.append(now())
         reserve = list(trainer._reserve_batches(own_batches))
         pool = Pool([trainer._prepare_inputs(batch) for batch in (own, *reserve)], trainer._padding())
-        mark()
+        marks.append(now())
         scores = score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None).cpu()
-        mark()
+        marks.append(now())
         batch, _, _ = draw(pool, scores, settings.batch_size, "systematic", torch.Generator().manual_seed(step))
-        mark()
+        marks.append(now())
         trainer.training_step(trainer.model, batch)
         trainer.optimizer.step()
         trainer.model.zero_grad()
-        mark()
+        marks.append(now())
         if step:  # the first one warms up
             for part, before, after in zip(times, marks, marks[1:], strict=False):
                 times[part].append(after - before)

@@ -71,7 +71,7 @@ class ImportanceArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check every value before anything is built from it."""
+        """Check every value first (it needs no device), then let the next class in line do the same."""
         _check_choice("importance_score", self.importance_score, SCORES)
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("resampling", self.resampling, get_args(Resampling))
@@ -106,11 +106,6 @@ class ImportanceArguments:
 @dataclass
 class ImportanceTrainingArguments(ImportanceArguments, TrainingArguments):
     """``TrainingArguments`` with the fields of :class:`ImportanceArguments`."""
-
-    def __post_init__(self) -> None:
-        """Check the importance arguments first: they need no device, and a typo should not cost a start-up."""
-        ImportanceArguments.__post_init__(self)
-        TrainingArguments.__post_init__(self)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
