@@ -96,6 +96,9 @@ class ImportanceArguments:
                 f"scoring_batch_size must be at least 1, but it is {self.scoring_batch_size}. Leave it None to score "
                 "in batches of per_device_train_batch_size."
             )
+        following = getattr(super(), "__post_init__", None)  # none where the fields stand alone
+        if following is not None:
+            following()
 
     @property
     def threshold(self) -> float:
