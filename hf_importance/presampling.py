@@ -14,6 +14,7 @@ from hf_importance import scores
 from hf_importance.batches import WEIGHTS, Pool, batch_size_of
 from hf_importance.heads import Head
 from hf_importance.sampling import Resampling, resample
+from hf_importance.vocabulary import SlicedHead
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def score_batch(
+def score_outputs(
     outputs: Any, inputs: Mapping[str, Any], head: Head, kind: str, function: Callable[[Any, Tensor], Tensor] | None
 ) -> Tensor:
     """Score each example from what the model returned for it.
@@ -65,8 +66,7 @@ def score_batch(
             result = head.losses(outputs, inputs)
         else:
             result = head.upper_bound(outputs, inputs)
-    # An example that already counts w times has w times the gradient.
-    return result * inputs[WEIGHTS] if WEIGHTS in inputs else result
+    return result
 
 
 def score_pool(
@@ -76,6 +76,7 @@ def score_pool(
     kind: str,
     function: Callable[[Any, Tensor], Tensor] | None,
     batch_size: int | None,
+    sliced: SlicedHead | None = None,
 ) -> Tensor:
     """Score all examples of a pool, without dropout, without gradients, and without moving BatchNorm's statistics.
 
@@ -86,6 +87,7 @@ def score_pool(
         kind: ``"upper_bound"``, ``"loss"`` or ``"gradient_norm"``.
         function: The user's score, which takes the place of ``kind``.
         batch_size: Examples in one forward pass; None: the batches as they came.
+        sliced: Scores a language model without all its logits, if given.
 
     Returns:
         Shape ``(B,)``, float32, in the order of the pool, on the model's device.
@@ -94,12 +96,16 @@ def score_pool(
         if kind == "gradient_norm" and function is None:
             return _gradient_norms(model, pool, head)
         with torch.no_grad():
-            return torch.cat(
-                [
-                    score_batch(model(**head.model_inputs(batch)), batch, head, kind, function)
-                    for batch in pool.chunks(batch_size)
-                ]
-            )
+            found = []
+            for batch in pool.chunks(batch_size):
+                result = None
+                if sliced is not None and function is None and sliced.applies(batch):
+                    result = sliced.scores(model, batch, kind)
+                if result is None:
+                    result = score_outputs(model(**head.model_inputs(batch)), batch, head, kind, function)
+                # An example that already counts w times has w times the gradient.
+                found.append(result * batch[WEIGHTS] if WEIGHTS in batch else result)
+            return torch.cat(found)
 
 
 @dataclass

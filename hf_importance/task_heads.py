@@ -166,8 +166,8 @@ class TokenHead(Head):
         self.aggregate = aggregate
         self.auxiliary_weight = auxiliary_weight
 
-    def _targets(self, inputs: Mapping[str, Any], length: int | None = None) -> Tensor:
-        """Give the label that each position of the logits is for, shape ``(b, length)``."""
+    def targets(self, inputs: Mapping[str, Any], length: int | None = None) -> Tensor:
+        """Give the label that each of ``length`` positions of the logits is for, shape ``(b, length)``."""
         # Collators that pack several texts into a row shift the labels themselves.
         if inputs.get("shift_labels") is not None:
             return inputs["shift_labels"]
@@ -181,16 +181,16 @@ class TokenHead(Head):
     def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the loss of each example, summed over its tokens; see :class:`Head`."""
         logits = logits_of(outputs)
-        return losses.token_cross_entropy(logits, self._targets(inputs, logits.shape[1]), self.label_smoothing)
+        return losses.token_cross_entropy(logits, self.targets(inputs, logits.shape[1]), self.label_smoothing)
 
     def upper_bound(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the aggregate of its tokens' scores for each example; see :class:`Head`."""
         logits = logits_of(outputs)
-        return self.aggregate(scores.token_norms(logits, self._targets(inputs, logits.shape[1]), self.label_smoothing))
+        return self.aggregate(scores.token_norms(logits, self.targets(inputs, logits.shape[1]), self.label_smoothing))
 
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count the tokens that are predicted and not ignored; see :class:`Head`."""
-        return (self._targets(inputs) != IGNORED_LABEL).sum()
+        return (self.targets(inputs) != IGNORED_LABEL).sum()
 
     def auxiliary(self, outputs: Any) -> Tensor | None:
         """Give the load balancing loss of a mixture of experts, if the model computes it; see :class:`Head`."""

@@ -39,10 +39,12 @@ from hf_importance.checkpoint import ImportanceStateCallback, saved_state
 from hf_importance.checks import NO_ITEMS, check_dataset, check_setup, unknown_head
 from hf_importance.heads import Head, head_of
 from hf_importance.normalisation import LossScale
-from hf_importance.presampling import draw, keep_own, score_batch, score_pool
+from hf_importance.presampling import draw, keep_own, score_outputs, score_pool
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
+from hf_importance.task_heads import TokenHead
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.vocabulary import SlicedHead
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,10 @@ class ImportanceMixin(Trainer):
             raise ValueError(unknown_head(model))
         if self._head is not None:
             self._loss_scale = LossScale(self._head, getattr(self, "_loss_shifts_labels", False))
+            # Parameters that are sharded over ranks are whole only inside the model's own forward.
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            sliceable = isinstance(self._head, TokenHead) and not sharded
+            self._sliced_head = SlicedHead(model, self._head) if sliceable else None
             # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
             self.loss_is_scaled_for_ga = True
         self._batch_norm = batch_norm_layers(self.model)
@@ -240,6 +246,7 @@ class ImportanceMixin(Trainer):
                         settings.importance_score,
                         self.compute_score_func,
                         settings.scoring_batch_size,
+                        self._sliced_head,
                     )
                 )
             items += [self._loss_scale.items(batch) for batch in pool.batches]
@@ -273,9 +280,11 @@ class ImportanceMixin(Trainer):
             )
             loss = self._normalised(loss, outputs, batch, num_items_in_batch)
         if self._sampling and self._awaiting and model.training:
-            score = score_batch(
+            score = score_outputs(
                 outputs, batch, self._head, self.importance_args.importance_score, self.compute_score_func
             )
+            if WEIGHTS in batch:
+                score = score * batch[WEIGHTS]  # it already counts w times
             self._pending.append((score, self._head.items(batch)))
         return (loss, outputs) if return_outputs else loss
 

@@ -18,7 +18,7 @@ from transformers import Trainer
 from hf_importance import ImportanceTrainer, losses, scores
 from hf_importance.batches import WEIGHTS
 from hf_importance.heads import head_of
-from hf_importance.presampling import evaluation_mode, score_batch
+from hf_importance.presampling import evaluation_mode, score_outputs
 from hf_importance.task_heads import TokenHead
 
 # The model's own advice on how EncoderDecoderModel is trained; we train it that way.
@@ -44,7 +44,7 @@ class Case:
     def scores(self, trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad(), evaluation_mode(self.model):
             outputs = self.model(**trainer._head.model_inputs(batch))
-        return score_batch(outputs, batch, trainer._head, "upper_bound", None)
+        return score_outputs(outputs, batch, trainer._head, "upper_bound", None)
 
 
 @pytest.fixture(
