@@ -64,7 +64,21 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
             "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
             "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    check_threshold(settings, args, args.train_batch_size)
+
+
+def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batch_size: int) -> None:
+    """Refuse a given threshold that τ can never pass, and warn of a derived one.
+
+    Args:
+        settings: The threshold.
+        args: The accumulation and the number of ranks.
+        batch_size: Examples in a micro-batch; ``auto_find_batch_size`` may have lowered it.
+
+    Raises:
+        ValueError: A given threshold is never passed.
+    """
+    examples = batch_size * args.gradient_accumulation_steps * args.world_size
     highest = math.sqrt(examples)
     if settings.threshold < highest:
         return
@@ -75,6 +89,25 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
         "(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below "
         f"{highest:.3g}."
     )
-    if settings.tau_threshold is not None:
+    if settings.tau_threshold is not None and batch_size == args.train_batch_size:
         raise ValueError(message.format(which="given"))
-    logger.warning("Importance sampling will stay off: %s", message.format(which="derived"))
+    which = "derived" if settings.tau_threshold is None else "given"
+    logger.warning("Importance sampling will stay off: %s", message.format(which=which))
+
+
+def check_batch(rows: int, batch_size: int) -> None:
+    """Refuse examples that were run together into one row: they can no longer be told apart.
+
+    Args:
+        rows: Rows of the first batch.
+        batch_size: Examples that it was made of.
+
+    Raises:
+        ValueError: One row stands for several examples.
+    """
+    if rows == 1 < batch_size:
+        raise ValueError(
+            f"The data_collator made one row of {batch_size} examples (packing, padding_free, or a flattening "
+            "collator), so they cannot be drawn one by one. Let it pad instead, or train with "
+            "importance_sampling=False."
+        )

@@ -36,7 +36,7 @@ from hf_importance.batches import (
     split_evenly,
 )
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
-from hf_importance.checks import NO_ITEMS, check_dataset, check_setup, unknown_head
+from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold, unknown_head
 from hf_importance.heads import Head, head_of
 from hf_importance.normalisation import LossScale
 from hf_importance.presampling import draw, keep_own, score_outputs, score_pool
@@ -171,6 +171,8 @@ class ImportanceMixin(Trainer):
             self._look_at_model()
         data = self.train_dataset
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
+            if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
+                check_threshold(self.importance_args, self.args, self._train_batch_size)
             check_dataset(len(data), self._train_batch_size, self.importance_args.presample_ratio)
         self._train_loader = super().get_train_dataloader()
         return self._train_loader
@@ -191,6 +193,8 @@ class ImportanceMixin(Trainer):
             self._follow_state()
             self._settle()
             self._head.labels(batches[0])
+            if self.state.global_step == 0:
+                check_batch(batch_size_of(batches[0]), self._train_batch_size)
             self._report.step(self._switch.active)
             if self._switch.active:
                 return self._presample(batches, epoch_iterator)
@@ -275,9 +279,10 @@ class ImportanceMixin(Trainer):
         if WEIGHTS in inputs:
             loss, outputs = self._weighted_loss(model, batch)
         else:
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            # Some trainers pay for their outputs with one more forward pass: ask only where somebody reads them.
+            wanted = return_outputs or self._reads_outputs()
+            found = super().compute_loss(model, inputs, wanted, num_items_in_batch)
+            loss, outputs = found if wanted else (found, None)
             loss = self._normalised(loss, outputs, batch, num_items_in_batch)
         if self._sampling and self._awaiting and model.training:
             score = score_outputs(
@@ -287,6 +292,12 @@ class ImportanceMixin(Trainer):
                 score = score * batch[WEIGHTS]  # it already counts w times
             self._pending.append((score, self._head.items(batch)))
         return (loss, outputs) if return_outputs else loss
+
+    def _reads_outputs(self) -> bool:
+        """Say whether scores or the scale of the loss are still to be had from this forward pass."""
+        if self._sampling:
+            return self._awaiting or not self._loss_scale.checked
+        return self._step_items is not None and not self._loss_scale.checked
 
     def _hold_batch_norm(self, training: bool, weighted: bool) -> None:
         """Let BatchNorm use its running statistics in this forward pass, where the policy says so."""
