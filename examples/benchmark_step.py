@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.batches import Pool
-from hf_importance.presampling import draw, score_pool
+from hf_importance.batches import Pool, batch_size_of
+from hf_importance.presampling import draw, score_outputs, score_pool
 
 
 @dataclass
@@ -127,13 +127,27 @@ def overhead_while_off(name: str, data: Dataset, settings: BenchmarkArguments) -
     return statistics.median(plain_seconds), ratios
 
 
+PARTS = ("own batch", "presample", "score", "resample", "train", "off")
+
+
+def added_while_off(trainer: ImportanceTrainer, batch: dict) -> None:
+    """Do all that a switched-off step does more than the plain Trainer's: score the logits, read the sums, average."""
+    outputs = {"logits": torch.zeros(len(batch["labels"]), 10, device=batch["labels"].device)}
+    score = score_outputs(outputs, batch, trainer._head, "upper_bound", None)
+    trainer._pending.append((score, trainer._head.items(batch)))
+    trainer._awaiting = True
+    trainer._report.uniform_batch(batch_size_of(batch))
+    trainer._report.step(False)
+    trainer._settle()
+
+
 def parts_of_a_step(name: str, data: Dataset, settings: BenchmarkArguments) -> dict[str, float]:
-    """Give the median seconds of each part of an importance step, measured one after the other in one loop."""
+    """Give the median seconds of each part of an importance step, one after the other, and of what off adds."""
     trainer, _ = make_trainer(ImportanceTrainer, name, data, settings)
     loader = trainer.get_train_dataloader()
     trainer.create_optimizer_and_scheduler(settings.steps)
     own_batches = iter(loader)
-    times: dict[str, list[float]] = {part: [] for part in ("own batch", "presample", "score", "resample", "train")}
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(settings.steps + 1):
         marks = [now()]
         own = next(own_batches)
@@ -143,11 +157,13 @@ def parts_of_a_step(name: str, data: Dataset, settings: BenchmarkArguments) -> d
         marks.append(now())
         scores = score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None).cpu()
         marks.append(now())
-        batch, _, _ = draw(pool, scores, settings.batch_size, "systematic", torch.Generator().manual_seed(step))
+        drawn = draw(pool, scores, torch.ones(len(reserve) + 1), "systematic", torch.Generator().manual_seed(step))
         marks.append(now())
-        trainer.training_step(trainer.model, batch)
+        trainer.training_step(trainer.model, drawn.batch)
         trainer.optimizer.step()
         trainer.model.zero_grad()
+        marks.append(now())
+        added_while_off(trainer, own)
         marks.append(now())
         if step:  # the first one warms up
             for part, before, after in zip(times, marks, marks[1:], strict=False):
@@ -168,14 +184,16 @@ def main() -> None:
             f"{name:8} {1000 * plain:14.1f} {statistics.median(ratios):18.4f} {min(ratios):7.4f} {max(ratios):7.4f}",
             flush=True,
         )
-    heads = f"{'own batch':>10} {'presample':>10} {'score':>8} {'resample':>9} {'train':>8} {'score/train':>12}"
+    heads = (
+        f"{'own batch':>10} {'presample':>10} {'score':>8} {'resample':>9} {'train':>8} {'off':>8} {'off/plain':>10}"
+    )
     print(f"\n{'model':8} {heads}   (ms)")
     for name in settings.models:
         parts = parts_of_a_step(name, make_data(name), settings)
         row = " ".join(
-            f"{1000 * parts[part]:{width}.1f}" for part, width in zip(parts, (10, 10, 8, 9, 8), strict=True)
+            f"{1000 * parts[part]:{width}.1f}" for part, width in zip(parts, (10, 10, 8, 9, 8, 8), strict=True)
         )
-        print(f"{name:8} {row} {parts['score'] / parts['train']:12.2f}", flush=True)
+        print(f"{name:8} {row} {parts['off'] / (parts['own batch'] + parts['train']):10.2%}", flush=True)
 
 
 if __name__ == "__main__":
