@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -136,9 +137,12 @@ class Padding:
     Attributes:
         side: ``"left"`` or ``"right"``.
         values: What a batch entry is padded with, by its name. Others get 0: a mask is off there.
+        unread_first: Labels that a causal language model shifts: what stands first in a row is predicted from nothing and
+            never read. With padding put in front of it, it would be.
     """
 
     side: str = "right"
+    unread_first: frozenset[str] = frozenset()
     values: Mapping[str, float] = field(default_factory=lambda: {"labels": IGNORED_LABEL})
 
 
@@ -178,7 +182,10 @@ def _merge(values: Sequence[Any], rows: Sequence[Tensor], sizes: Sequence[int], 
     if isinstance(first, Tensor) and all(value.dim() > 0 for value in values):
         if all(len(value) == size for value, size in zip(values, sizes, strict=True)):
             taken = [value[row] for value, row in zip(values, rows, strict=True) if len(row)]
-            return torch.cat(_pad_alike(taken, padding.side, padding.values.get(name, 0)))
+            filling = padding.values.get(name, 0)
+            if padding.side == "left" and name in padding.unread_first:
+                taken = [F.pad(part[:, 1:], (1, 0), value=filling) for part in taken]
+            return torch.cat(_pad_alike(taken, padding.side, filling))
     elif isinstance(first, list | tuple):
         if all(len(value) == size for value, size in zip(values, sizes, strict=True)) and not any(
             isinstance(entry, Tensor) for entry in first
@@ -199,7 +206,7 @@ def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
         widths: list[int] = []
         for size, target in zip(reversed(tensor.shape[1:]), reversed(largest), strict=True):
             widths += [target - size, 0] if side == "left" else [0, target - size]
-        padded.append(torch.nn.functional.pad(tensor, widths, value=value))
+        padded.append(F.pad(tensor, widths, value=value))
     return padded
 
 

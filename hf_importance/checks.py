@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_importance.batches import batch_size_of
 from hf_importance.heads import KNOWN_TASKS
 from hf_importance.training_args import ImportanceArguments
 
@@ -95,19 +98,20 @@ def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batc
     logger.warning("Importance sampling will stay off: %s", message.format(which=which))
 
 
-def check_batch(rows: int, batch_size: int) -> None:
+def check_batch(batch: Mapping[str, Any], batch_size: int) -> None:
     """Refuse examples that were run together into one row: they can no longer be told apart.
 
     Args:
-        rows: Rows of the first batch.
-        batch_size: Examples that it was made of.
+        batch: The first batch.
+        batch_size: Examples that it should be made of.
 
     Raises:
         ValueError: One row stands for several examples.
     """
-    if rows == 1 < batch_size:
+    # Positions that start anew within a row, and no mask, are how a flattening collator keeps texts apart.
+    flattened = "cu_seq_lens_q" in batch or ("position_ids" in batch and "attention_mask" not in batch)
+    if flattened and batch_size_of(batch) == 1 < batch_size:
         raise ValueError(
-            f"The data_collator made one row of {batch_size} examples (packing, padding_free, or a flattening "
-            "collator), so they cannot be drawn one by one. Let it pad instead, or train with "
-            "importance_sampling=False."
+            f"The data_collator made one row of {batch_size} examples (packing, padding_free, or a flattening collator), "
+            "so they cannot be drawn one by one. Let it pad instead, or train with importance_sampling=False."
         )

@@ -194,7 +194,7 @@ class ImportanceMixin(Trainer):
             self._settle()
             self._head.labels(batches[0])
             if self.state.global_step == 0:
-                check_batch(batch_size_of(batches[0]), self._train_batch_size)
+                check_batch(batches[0], self._train_batch_size)
             self._report.step(self._switch.active)
             if self._switch.active:
                 return self._presample(batches, epoch_iterator)
@@ -203,7 +203,8 @@ class ImportanceMixin(Trainer):
             self._awaiting = True
         if any(name not in batches[0] for name in self._head.label_names):
             self._leave_loss_to_trainer()
-        elif (num_batches > 1 or self._ranks > 1) and (not self._loss_scale.over_step or WEIGHTS in batches[0]):
+        elif self._ranks > 1 or (num_batches > 1 and (not self._loss_scale.over_step or WEIGHTS in batches[0])):
+            # On several ranks always: they may learn the scale at different steps, and must all take part in the sum.
             self._step_items = self._count_items(batches)
         return batches, num_items
 
@@ -456,7 +457,8 @@ class ImportanceMixin(Trainer):
         tokens = dict.fromkeys(("input_ids", "decoder_input_ids"), 0 if pad is None else pad)
         # Positions in a text stay right only if what is added comes behind it.
         side = "right" if "start_positions" in self._head.label_names else getattr(processing, "padding_side", "right")
-        return Padding(side=side, values={**labels, **tokens})
+        unread = frozenset({"labels"}) if getattr(self._head, "shift", False) else frozenset()
+        return Padding(side=side, unread_first=unread, values={**labels, **tokens})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer`` does; the reserve's workers end with the run."""
