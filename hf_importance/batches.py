@@ -137,8 +137,8 @@ class Padding:
     Attributes:
         side: ``"left"`` or ``"right"``.
         values: What a batch entry is padded with, by its name. Others get 0: a mask is off there.
-        unread_first: Labels that a causal language model shifts: what stands first in a row is predicted from nothing and
-            never read. With padding put in front of it, it would be.
+        unread_first: Labels that a causal language model shifts: what stands first in a row is predicted from nothing
+            and never read. With padding put in front of it, it would be.
     """
 
     side: str = "right"
