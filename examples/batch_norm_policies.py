@@ -30,6 +30,7 @@ ROWS = {
     "plain Trainer, frozen": {"importance_sampling": False, "batch_norm": "frozen"},
     "importance, batch": {"batch_norm": "batch"},
     "importance, running": {"batch_norm": "running"},
+    "importance, weighted": {"batch_norm": "weighted"},
     "importance, frozen": {"batch_norm": "frozen"},
 }
 
@@ -48,6 +49,9 @@ class Arguments:
     presample_ratio: float = field(default=5.0, metadata={"help": "Pool size over batch size."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, falling linearly to 0."})
     momentum: float = field(default=0.1, metadata={"help": "Of every BatchNorm layer, for all rows alike."})
+    rows: list[str] = field(
+        default_factory=lambda: list(ROWS), metadata={"help": "Of these, the plain Trainer first."}
+    )
     seeds: int = field(default=3, metadata={"help": "Runs of each row."})
 
 
@@ -139,9 +143,9 @@ def main() -> None:
     folder = Path(arguments.dataset)
     train = load(folder / "train.parquet", arguments.side, arguments.examples)
     test = load(folder / "test.parquet", arguments.side)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.rows}
     for seed in range(arguments.seeds):
-        for name in ROWS:
+        for name in arguments.rows:
             results[name].append(run(name, arguments, train, test, seed))
             print(seed, name, results[name][-1], flush=True)
     names = list(results["plain Trainer"][0])

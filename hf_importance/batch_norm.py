@@ -89,3 +89,50 @@ def _move(layer: _BatchNorm, moments: Moments) -> None:
     momentum = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
     layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
     layer.running_var.lerp_(variance.to(layer.running_var.dtype), momentum)
+
+
+def normalise_weighted(layer: _BatchNorm, inputs: Tensor, weights: Tensor) -> Tensor:
+    r"""Normalise as BatchNorm does in training, with importance-weighted moments.
+
+    .. math:: \mu = \sum_i w_i x_i / \sum_i w_i, \qquad \sigma^2 = \sum_i w_i (x_i - \mu)^2 / \sum_i w_i
+
+    They estimate the moments of a uniform batch, as the weighted loss estimates its loss, and gradients flow through
+    them as they do in training. Weights of 1 give BatchNorm itself.
+
+    Args:
+        layer: BatchNorm layer; its running statistics are neither used nor moved.
+        inputs: Shape ``(b, channels, ...)``.
+        weights: Importance weights, positive, shape ``(b,)``.
+    """
+    values = inputs.float()
+    shape = (1, -1) + (1,) * (inputs.dim() - 2)
+    dims = [dim for dim in range(inputs.dim()) if dim != 1]
+    share = (weights / weights.sum()).view(-1, *(1,) * (inputs.dim() - 1))
+    share = share / (inputs.numel() // (inputs.shape[0] * inputs.shape[1]))
+    mean = (share * values).sum(dims).view(shape)
+    centred = values - mean
+    variance = (share * centred.square()).sum(dims).view(shape)
+    found = centred * torch.rsqrt(variance + layer.eps)
+    if layer.affine:
+        found = found * layer.weight.view(shape) + layer.bias.view(shape)
+    return found.to(inputs.dtype)
+
+
+class WeightedBatchNorm:
+    """Makes BatchNorm layers normalise by the weighted moments of the batch while weights are set.
+
+    Args:
+        layers: BatchNorm layers; each gets a forward hook, which does nothing while :attr:`weights` is None.
+
+    Attributes:
+        weights: Importance weights of the batch in the forward pass, shape ``(b,)``, or None.
+    """
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        self.weights: Tensor | None = None
+        self.hooks = [layer.register_forward_hook(self._normalise) for layer in layers]
+
+    def _normalise(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.weights is None or len(inputs[0]) != len(self.weights):
+            return None
+        return normalise_weighted(layer, inputs[0], self.weights)

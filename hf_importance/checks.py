@@ -112,6 +112,6 @@ def check_batch(batch: Mapping[str, Any], batch_size: int) -> None:
     flattened = "cu_seq_lens_q" in batch or ("position_ids" in batch and "attention_mask" not in batch)
     if flattened and batch_size_of(batch) == 1 < batch_size:
         raise ValueError(
-            f"The data_collator made one row of {batch_size} examples (packing, padding_free, a flattening collator), so "
-            "they cannot be drawn one by one. Let it pad instead, or train with importance_sampling=False."
+            f"The data_collator made one row of {batch_size} examples (packing, padding_free, or flattening), so they "
+            "cannot be drawn one by one. Let it pad instead, or train with importance_sampling=False."
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from hf_importance.batch_norm import batch_norm_layers, follow_pool
+from hf_importance.batch_norm import WeightedBatchNorm, batch_norm_layers, follow_pool
 from hf_importance.batches import (
     WEIGHTS,
     Padding,
@@ -101,6 +101,8 @@ class ImportanceMixin(Trainer):
             # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
             self.loss_is_scaled_for_ga = True
         self._batch_norm = batch_norm_layers(self.model)
+        weighted = self._sampling and self.importance_args.batch_norm == "weighted"
+        self._weighted_batch_norm = WeightedBatchNorm(self._batch_norm) if weighted and self._batch_norm else None
         if self._batch_norm and (self._sampling or self.importance_args.batch_norm == "frozen"):
             logger.info(
                 "%s has %d BatchNorm layers: batch_norm=%r, %s.",
@@ -240,7 +242,9 @@ class ImportanceMixin(Trainer):
     def _score(self, pools: list[Pool]) -> tuple[list[Tensor], list[Tensor]]:
         """Give the scores of each pool, and the item count of each of its batches; on the CPU, float64."""
         settings, scores, items = self.importance_args, [], []
-        following = self._batch_norm if settings.batch_norm == "running" else []
+        following = self._batch_norm if settings.batch_norm in ("running", "weighted") else []
+        if self._weighted_batch_norm is not None:
+            self._weighted_batch_norm.weights = None
         for pool in pools:
             with follow_pool(following, self._sum_tensor_over_ranks):
                 scores.append(
@@ -273,7 +277,7 @@ class ImportanceMixin(Trainer):
         In training it keeps the scores that the logits give on the way, and sees to it that the loss is a mean over
         the items of the whole optimizer step also for models that ignore ``num_items_in_batch``.
         """
-        self._hold_batch_norm(model.training, WEIGHTS in inputs)
+        self._hold_batch_norm(model.training, inputs.get(WEIGHTS))
         if self._head is None or not (model.training or WEIGHTS in inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # the Trainer takes the labels out of `inputs` for label smoothing
@@ -300,10 +304,12 @@ class ImportanceMixin(Trainer):
             return self._awaiting or not self._loss_scale.checked
         return self._step_items is not None and not self._loss_scale.checked
 
-    def _hold_batch_norm(self, training: bool, weighted: bool) -> None:
-        """Let BatchNorm use its running statistics in this forward pass, where the policy says so."""
+    def _hold_batch_norm(self, training: bool, weights: Tensor | None) -> None:
+        """Let BatchNorm normalise in this forward pass as the policy says."""
         policy = self.importance_args.batch_norm
-        if training and (policy == "frozen" or (policy == "running" and weighted)):
+        if self._weighted_batch_norm is not None:
+            self._weighted_batch_norm.weights = weights if training else None
+        if training and (policy == "frozen" or (policy in ("running", "weighted") and weights is not None)):
             for layer in self._batch_norm:
                 layer.eval()  # until the next training_step calls model.train()
 
@@ -470,6 +476,7 @@ class ImportanceMixin(Trainer):
 
 
 _BATCH_NORM_MEANING = {
+    "weighted": "an importance step normalises with importance-weighted moments; running statistics follow the pool",
     "running": "an importance step normalises with the running statistics, and these follow the uniform pool",
     "batch": "left alone, so that in importance steps the running statistics drift to the hard examples",
     "frozen": "the running statistics stay as they are, in every step",

@@ -12,7 +12,7 @@ from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
-BATCH_NORM_POLICIES = ("running", "batch", "frozen")
+BATCH_NORM_POLICIES = ("weighted", "running", "batch", "frozen")
 
 
 @dataclass

@@ -1,0 +1,350 @@
+"""The mixin around other trainers: Seq2SeqTrainer, models with PEFT adapters, and TRL's SFTTrainer."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import test_features as features
+import torch
+import toys
+from datasets import Dataset
+from test_features import losses, parameters, weighted
+from transformers import (
+    DataCollatorForSeq2Seq,
+    IntervalStrategy,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+from hf_importance import ImportanceArguments, ImportanceMixin, ImportanceTrainer
+from hf_importance.batches import WEIGHTS, Padding, Pool
+from hf_importance.presampling import score_pool
+
+# peft's and TRL's own: they still say gradient_checkpointing.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+ON = {"tau_threshold": 1 + 1e-9, "tau_momentum": 0.0}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+
+
+# ---- Seq2SeqTrainer ----
+
+
+@dataclass
+class Seq2SeqArguments(ImportanceArguments, Seq2SeqTrainingArguments):
+    """As docs/features.md has it."""
+
+
+class ImportanceSeq2SeqTrainer(ImportanceMixin, Seq2SeqTrainer):
+    """As docs/features.md has it."""
+
+
+def test_combined_arguments_run_both_checks(tmp_path):
+    args = Seq2SeqArguments(output_dir=str(tmp_path), eval_strategy="no", presample_ratio=2.0, **QUIET)
+    assert args.eval_strategy is IntervalStrategy.NO  # TrainingArguments' own __post_init__ has run
+    assert args.presample_ratio == 2
+    with pytest.raises(ValueError, match="presample_ratio"):
+        Seq2SeqArguments(output_dir=str(tmp_path), presample_ratio=0.5)
+    with pytest.raises(ValueError, match="never"):
+        Seq2SeqArguments(output_dir=str(tmp_path), eval_strategy="never")
+
+
+class WatchedSeq2Seq(features.Watched, Seq2SeqTrainer):
+    pass
+
+
+def test_seq2seq_trainer_generates_while_it_evaluates(tmp_path):
+    tok = features.tokenizer()
+    data = features.tokenised(tok, labels=[row[: 1 + len(row) // 2] for row in features.tokenised(tok)["input_ids"]])
+    generated = []
+
+    def metrics(prediction):
+        generated.append(prediction.predictions)
+        return {"seen": len(prediction.predictions)}
+
+    args = Seq2SeqArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        predict_with_generate=True,
+        generation_max_length=6,
+        **ON,
+        **QUIET,
+    )
+    model = features.t5()
+    extra = {
+        "data_collator": DataCollatorForSeq2Seq(tok, model=model),
+        "processing_class": tok,
+        "compute_metrics": metrics,
+        "eval_dataset": data.select(range(10)),
+    }
+    trainer = features.watch(model, args, data, kind=WatchedSeq2Seq, **extra)
+    assert [entry["importance/active_share"] for entry in losses(trainer)] == [0, 1, 1, 1]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_seen" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    assert len(generated) == 2
+    for tokens in generated:  # not logits
+        assert tokens.ndim == 2
+        assert len(tokens) == 10
+        assert tokens.dtype.kind == "i"
+    plain = Seq2SeqTrainer(model=model, args=args, **extra)
+    assert plain.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"] == evaluations[-1]["eval_loss"]
+
+
+# ---- PEFT ----
+
+
+def adapted(model, task, targets, **settings):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type=task, r=2, lora_alpha=4, lora_dropout=0.0, target_modules=targets, **settings)
+    return peft.get_peft_model(model, config)
+
+
+def adapted_bert():
+    return adapted(toys.bert(), "SEQ_CLS", ["query", "value"])
+
+
+def adapted_llama():
+    return adapted(features.llama(), "CAUSAL_LM", ["q_proj", "v_proj"])
+
+
+def sequences():
+    tokens = torch.randint(0, 40, (96, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens}).with_format("torch")
+
+
+def adapted_t5():
+    return adapted(features.t5(), "SEQ_2_SEQ_LM", ["q", "v"])
+
+
+def adapted_tokens():
+    model = features.small(features.BertForTokenClassification, features.BertConfig, num_labels=4)
+    return adapted(model, "TOKEN_CLS", ["query", "value"])
+
+
+def adapted_without_a_task():
+    return adapted(toys.bert(), None, ["query", "value"])
+
+
+@pytest.mark.parametrize(
+    ("build", "head"),
+    [
+        (adapted_bert, "ClassificationHead"),
+        (adapted_llama, "TokenHead"),
+        (adapted_t5, "SequenceToSequenceHead"),
+        (adapted_tokens, "TokenHead"),
+        (adapted_without_a_task, "ClassificationHead"),
+    ],
+)
+def test_the_head_is_found_through_the_adapter(tmp_path, build, head):
+    trainer = ImportanceTrainer(model=build(), args=toys.always_on(tmp_path), train_dataset=toys.sentences())
+    assert type(trainer._head).__name__ == head
+    assert getattr(trainer._head, "shift", False) is (build is adapted_llama)
+
+
+PEFT = {"BERT": (adapted_bert, toys.sentences), "Llama": (adapted_llama, sequences)}
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_adapters_train_and_the_base_stays(tmp_path, name):
+    build, data = PEFT[name]
+    model = build()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = features.watch(model, toys.always_on(tmp_path, max_steps=6), data())
+    for parameter_name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[parameter_name])
+        assert moved == parameter.requires_grad, parameter_name
+    assert len(weighted(trainer)) == 5
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_weights_of_one_give_the_adapted_models_own_loss(tmp_path, name):
+    build, data = PEFT[name]
+    trainer = ImportanceTrainer(model=build(), args=toys.arguments(tmp_path), train_dataset=data())
+    batch = data()[:5]
+    own = trainer.model(**batch).loss
+    found = trainer.compute_loss(trainer.model, {**batch, WEIGHTS: torch.ones(5)})
+    torch.testing.assert_close(found, own)
+
+
+def test_gradient_norm_runs_over_the_adapters_only(tmp_path):
+    model = adapted_bert()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)  # they start at 0, and lora_A would have no gradient
+    trainer = ImportanceTrainer(model=model, args=toys.always_on(tmp_path), train_dataset=toys.sentences())
+    batch = toys.sentences()[:4]
+    found = score_pool(model, Pool([batch], Padding()), trainer._head, "gradient_norm", None, None)
+    model.eval()
+    for i in range(4):
+        model.zero_grad()
+        model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
+        gradients = {n: p.grad.flatten() for n, p in model.named_parameters() if p.grad is not None}
+        assert all("lora" in n or "classifier" in n for n in gradients)
+        assert float(found[i]) == pytest.approx(float(torch.cat(list(gradients.values())).norm()), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning")  # peft's own, offline
+def test_adapters_resume_as_if_never_interrupted(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    run = lambda folder: toys.always_on(tmp_path / folder, **settings)  # noqa: E731
+    whole = toys.run(ImportanceTrainer, adapted_bert(), run("whole"), toys.sentences())
+    saved = json.loads((tmp_path / "whole/checkpoint-3/adapter_config.json").read_text())
+    assert saved["r"] == 2
+    resumed = ImportanceTrainer(model=adapted_bert(), args=run("resumed"), train_dataset=toys.sentences())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert torch.equal(parameters(whole), parameters(resumed))
+    assert losses(whole)[-1]["importance/tau"] == losses(resumed)[-1]["importance/tau"]
+
+
+# ---- TRL ----
+
+
+OWN_WARNINGS = [  # TRL's own
+    pytest.mark.filterwarnings("ignore:.*return_outputs=True.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def sft(tmp_path, mixed=True, model=None, side="right", **overrides):
+    trl = pytest.importorskip("trl")
+    bases = (ImportanceMixin, trl.SFTTrainer) if mixed else (trl.SFTTrainer,)
+
+    @dataclass
+    class Arguments(*((ImportanceArguments,) if mixed else ()), trl.SFTConfig):
+        pass
+
+    class Trained(*bases):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if model.training:
+                self.trained = getattr(self, "trained", [])
+                self.trained.append(dict(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": 32,
+        **QUIET,
+        **(ON if mixed else {}),
+    }
+    rows = Dataset.from_dict({"text": [text for text, _ in features.texts()]})
+    set_seed(0)
+    return Trained(
+        model=features.llama() if model is None else model,
+        args=Arguments(**{**settings, **overrides}),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(10)),
+        processing_class=features.tokenizer(side),
+    )
+
+
+class TestSFT:
+    pytestmark = OWN_WARNINGS
+
+    def test_it_trains_on_weighted_examples(self, tmp_path):
+        trainer = sft(tmp_path)
+        before = parameters(trainer)
+        trainer.train()
+        features.check_on(trainer)
+        assert not torch.equal(before, parameters(trainer))
+        assert [entry["importance/active_share"] for entry in losses(trainer)] == [0, 1, 1, 1]
+        for batch in weighted(trainer):
+            features.padding_is_right(batch, "right")
+
+    def test_off_it_is_the_plain_sft_trainer(self, tmp_path):
+        ends = []
+        for mixed, settings in ((False, {}), (True, {"importance_sampling": False})):
+            trainer = sft(tmp_path, mixed, **settings)
+            trainer.train()
+            ends.append((parameters(trainer), [entry["loss"] for entry in losses(trainer)]))
+        assert torch.equal(ends[0][0], ends[1][0])
+        assert ends[0][1] == ends[1][1]
+
+    @pytest.mark.parametrize(("sampling", "passes"), [(False, 1), (True, 2)])
+    def test_forward_passes_of_a_uniform_step(self, tmp_path, sampling, passes):
+        # Its fused head gives no logits, so that scores cost a forward pass more; without scores there is none.
+        trainer, calls = sft(tmp_path, importance_sampling=sampling, max_steps=1), []
+        trainer.model.model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.train()
+        assert len(calls) == passes
+
+    def test_a_tokenizer_that_pads_left(self, tmp_path):
+        # TRL's collator pads on the right all the same; the loss of a drawn row is that of its text alone.
+        trainer = sft(tmp_path, side="left", max_steps=8)
+        features.padding_is_right(next(iter(trainer.get_train_dataloader())), "right")
+        trainer.train()
+        batch = weighted(trainer)[-1]
+        model, head = trainer.model.eval(), trainer._head
+        together = head.losses(model(**head.model_inputs(batch)), batch).detach()
+        for i, mask in enumerate(batch["attention_mask"].bool()):
+            row = {name: batch[name][i : i + 1, mask] for name in ("input_ids", "attention_mask", "labels")}
+            alone = head.losses(model(**head.model_inputs(row)), row)
+            assert float(together[i]) == pytest.approx(float(alone.detach()), rel=1e-4)
+
+    def test_packed_rows_are_examples(self, tmp_path):
+        settings = {"packing": True, "packing_strategy": "wrapped", "per_device_train_batch_size": 4}
+        trainer = sft(tmp_path, **settings)
+        trainer.train()
+        assert [entry["importance/active_share"] for entry in losses(trainer)] == [0, 1, 1, 1]
+        for batch in weighted(trainer):
+            assert batch["input_ids"].shape == (4, 32)
+            assert len(batch[WEIGHTS]) == 4
+
+    def test_batches_without_padding_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="one row of 16 examples"):
+            sft(tmp_path, padding_free=True, max_length=None).train()
+        trainer = sft(tmp_path, padding_free=True, max_length=None, importance_sampling=False)
+        trainer.train()
+        assert {len(batch["input_ids"]) for batch in trainer.trained} == {1}
+
+    def test_weights_of_one_give_its_own_loss(self, tmp_path):
+        trainer = sft(tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        own = trainer.compute_loss(trainer.model.eval(), dict(batch))
+        found = trainer.compute_loss(trainer.model.train(), {**batch, WEIGHTS: torch.ones(16)})
+        torch.testing.assert_close(found, own)
+
+    def test_evaluation_is_its_own(self, tmp_path):
+        trainer = sft(tmp_path)
+        trainer.train()
+        plain = sft(tmp_path, mixed=False, model=trainer.model)
+        ours, theirs = trainer.evaluate(), plain.evaluate()
+        for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+            assert ours[name] == theirs[name]
+
+    def test_its_metrics_in_importance_steps(self, tmp_path):
+        trainer = sft(tmp_path)
+        trainer.train()
+        # SFTTrainer measures these within its own loss, which importance steps do not call. Those of step 1 stand in
+        # the first entry after it: that of the switch.
+        measured = [entry for entry in trainer.state.log_history if "entropy" in entry]
+        assert [entry["step"] for entry in measured] == [1]
+        assert measured[0]["importance/active"] == 1
+        assert measured[0]["num_tokens"] == int(trainer.trained[0]["attention_mask"].sum())
+
+    def test_another_loss_than_the_mean_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="losses of its examples"):
+            sft(tmp_path, loss_type="dft").train()
+
+    def test_with_adapters(self, tmp_path):
+        model = adapted_llama()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer = sft(tmp_path, model=model)
+        trainer.train()
+        features.check_on(trainer)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
