@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from hf_importance.batch_norm import WeightedBatchNorm, batch_norm_layers, follow_pool
+from hf_importance.batch_norm import follow_pool
 from hf_importance.batches import (
     WEIGHTS,
     Padding,
@@ -36,20 +36,17 @@ from hf_importance.batches import (
     split_evenly,
 )
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
-from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold, unknown_head
-from hf_importance.heads import Head, head_of
-from hf_importance.normalisation import LossScale
+from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
 from hf_importance.presampling import draw, keep_own, score_outputs, score_pool
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
-from hf_importance.task_heads import TokenHead
 from hf_importance.training_args import ImportanceArguments
-from hf_importance.vocabulary import SlicedHead
+from hf_importance.weighted_loss import WeightedLossMixin
 
 logger = logging.getLogger(__name__)
 
 
-class ImportanceMixin(Trainer):
+class ImportanceMixin(WeightedLossMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
     Overrides ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``, ``log`` and ``save_model``, each of
@@ -83,34 +80,6 @@ class ImportanceMixin(Trainer):
             self.add_callback(self._state_callback)
             self._begin_importance()
         self._seen_state: object = None
-        self._step_items: Tensor | float | None = None
-
-    def _look_at_model(self) -> None:
-        """Find the head and the BatchNorm layers of the model."""
-        model = self.accelerator.unwrap_model(self.model)
-        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        self._head: Head | None = head_of(model, smoothing, self.compute_loss_func)
-        if self._head is None and self._sampling:
-            raise ValueError(unknown_head(model))
-        if self._head is not None:
-            self._loss_scale = LossScale(self._head, getattr(self, "_loss_shifts_labels", False))
-            # Parameters that are sharded over ranks are whole only inside the model's own forward.
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            sliceable = isinstance(self._head, TokenHead) and not sharded
-            self._sliced_head = SlicedHead(model, self._head) if sliceable else None
-            # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
-            self.loss_is_scaled_for_ga = True
-        self._batch_norm = batch_norm_layers(self.model)
-        weighted = self._sampling and self.importance_args.batch_norm == "weighted"
-        self._weighted_batch_norm = WeightedBatchNorm(self._batch_norm) if weighted and self._batch_norm else None
-        if self._batch_norm and (self._sampling or self.importance_args.batch_norm == "frozen"):
-            logger.info(
-                "%s has %d BatchNorm layers: batch_norm=%r, %s.",
-                type(self.model).__name__,
-                len(self._batch_norm),
-                self.importance_args.batch_norm,
-                _BATCH_NORM_MEANING[self.importance_args.batch_norm],
-            )
 
     # ---- State: fresh at every train(), or from the checkpoint that it resumes ----
 
@@ -265,88 +234,13 @@ class ImportanceMixin(Trainer):
         all_scores, all_items = on_host.split([sum(sizes), len(items)])
         return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss as ``Trainer`` does, weighted by the batch's ``importance_weights``, if any.
-
-        In training it keeps the scores that the logits give on the way, and sees to it that the loss is a mean over
-        the items of the whole optimizer step also for models that ignore ``num_items_in_batch``.
-        """
-        self._hold_batch_norm(model.training, inputs.get(WEIGHTS))
-        if self._head is None or not (model.training or WEIGHTS in inputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = dict(inputs)  # the Trainer takes the labels out of `inputs` for label smoothing
-        if WEIGHTS in inputs:
-            loss, outputs = self._weighted_loss(model, batch)
-        else:
-            # Some trainers pay for their outputs with one more forward pass: ask only where somebody reads them.
-            wanted = return_outputs or self._reads_outputs()
-            found = super().compute_loss(model, inputs, wanted, num_items_in_batch)
-            loss, outputs = found if wanted else (found, None)
-            loss = self._normalised(loss, outputs, batch, num_items_in_batch)
-        if self._sampling and self._awaiting and model.training:
-            score = score_outputs(
-                outputs, batch, self._head, self.importance_args.importance_score, self.compute_score_func
-            )
-            if WEIGHTS in batch:
-                score = score * batch[WEIGHTS]  # it already counts w times
-            self._pending.append((score, self._head.items(batch)))
-        return (loss, outputs) if return_outputs else loss
-
-    def _reads_outputs(self) -> bool:
-        """Say whether scores or the scale of the loss are still to be had from this forward pass."""
-        if self._sampling:
-            return self._awaiting or not self._loss_scale.checked
-        return self._step_items is not None and not self._loss_scale.checked
-
-    def _hold_batch_norm(self, training: bool, weights: Tensor | None) -> None:
-        """Let BatchNorm normalise in this forward pass as the policy says."""
-        policy = self.importance_args.batch_norm
-        if self._weighted_batch_norm is not None:
-            self._weighted_batch_norm.weights = weights if training else None
-        if training and (policy == "frozen" or (policy in ("running", "weighted") and weights is not None)):
-            for layer in self._batch_norm:
-                layer.eval()  # until the next training_step calls model.train()
-
-    def _weighted_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        outputs = model(**self._head.model_inputs(batch))
-        total = (batch[WEIGHTS] * self._head.losses(outputs, batch)).sum()
-        auxiliary = self._head.auxiliary(outputs)
-        if not (model.training and self._step_items is not None):
-            loss = total / self._head.items(batch)
-            return (loss if auxiliary is None else loss + auxiliary), outputs
-        loss = total / self._step_items * self._averaged_ranks
-        if auxiliary is not None:
-            # As often as the uniform step adds it, so that switching does not change its weight.
-            loss = loss + self._loss_scale.rescale(auxiliary * self._averaged_ranks, batch, self._step_items, ranks=1)
-        return loss, outputs
-
-    def _normalised(self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        """Bring the model's own loss of a micro-batch to a mean over the step."""
-        takes_items = num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
-        # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
-        multiplied = self._averaged_ranks if takes_items else 1
-        scale = self._loss_scale
-        if not scale.checked and (self._sampling or self._step_items is not None):
-            try:
-                scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes_items else None)
-            except ValueError:
-                if self._sampling:
-                    raise
-                self._leave_loss_to_trainer()
-                return loss
-        if self._step_items is None:
-            return loss
-        return scale.rescale(loss, batch, self._step_items, self._averaged_ranks // multiplied)
-
-    def _leave_loss_to_trainer(self) -> None:
-        """Nobody asked for importance sampling, and the head does not know this loss: it is the plain Trainer's."""
-        self._head, self.loss_is_scaled_for_ga, self._step_items = None, type(self).loss_is_scaled_for_ga, None
+    def _keep_scores(self, outputs: Any, batch: dict[str, Any]) -> None:
+        """Keep, on the device, what the logits of a uniform training pass say."""
+        settings = self.importance_args
+        score = score_outputs(outputs, batch, self._head, settings.importance_score, self.compute_score_func)
+        if WEIGHTS in batch:
+            score = score * batch[WEIGHTS]  # it already counts w times
+        self._pending.append((score, self._head.items(batch)))
 
     # ---- τ and the log ----
 
@@ -407,35 +301,11 @@ class ImportanceMixin(Trainer):
             logs.update(self._report.drain(self._switch))
         super().log(logs, start_time)
 
-    # ---- Ranks, data ----
-
-    @property
-    def _ranks(self) -> int:
-        return self.accelerator.num_processes // self.get_tp_size()
-
-    @property
-    def _averaged_ranks(self) -> int:
-        """Number of ranks that an item count spans, so that a sum divided by it must be multiplied by again."""
-        return self._ranks if self.args.average_tokens_across_devices else 1
+    # ---- Data ----
 
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Add up numbers over all ranks in one collective; on one rank nothing crosses any network."""
-        if self._ranks == 1:
-            return values
-        return self._sum_tensor_over_ranks(torch.tensor(values, device=self.args.device)).tolist()
-
-    def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
-        return tensor if self._ranks == 1 else self.accelerator.reduce(tensor, "sum")
-
-    def _count_items(self, batches: list) -> Tensor:
-        items = torch.stack([self._loss_scale.items(batch) for batch in batches]).sum().to(self.args.device)
-        if self._averaged_ranks > 1:
-            items = self.accelerator.reduce(items, "sum")
-        return items
 
     def _reserve_batches(self, epoch_iterator: Iterator) -> Iterator[Any]:
         """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
@@ -473,14 +343,6 @@ class ImportanceMixin(Trainer):
         finally:
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
-
-
-_BATCH_NORM_MEANING = {
-    "weighted": "an importance step normalises with importance-weighted moments; running statistics follow the pool",
-    "running": "an importance step normalises with the running statistics, and these follow the uniform pool",
-    "batch": "left alone, so that in importance steps the running statistics drift to the hard examples",
-    "frozen": "the running statistics stay as they are, in every step",
-}
 
 
 class ImportanceTrainer(ImportanceMixin, Trainer):
