@@ -43,7 +43,7 @@ def two(tmp_path_factory):
 
 
 def test_the_launch_made_one_world_of_two(two):
-    assert len(two) == 9
+    assert len(two) == 11
     assert {rank["world"] for ranks in two.values() for rank in ranks} == {2}
 
 
@@ -56,7 +56,7 @@ def test_the_ranks_end_with_the_same_parameters_tau_and_switches(two):
         assert [[e[k] for k in keys] for e in ours[0]] == [[e[k] for k in keys] for e in ours[1]], name
 
 
-@pytest.mark.parametrize("name", ["uniform", "uniform, accumulated", "honours the item count"])
+@pytest.mark.parametrize("name", ["uniform", "uniform, accumulated", "counted on each rank", "honours the item count"])
 def test_equal_work_gives_an_equal_result_while_off(one, two, name):
     # BERT ignores num_items_in_batch, ViT honours it: both have the right scale on two ranks.
     alone, together = one[name][0], two[name][0]
@@ -69,7 +69,7 @@ def test_equal_work_gives_an_equal_result_while_off(one, two, name):
         assert alone["tau"] == pytest.approx(together["tau"], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["on", "on, accumulated"])
+@pytest.mark.parametrize("name", ["on", "on, accumulated", "on, counted on each rank"])
 def test_the_loss_has_the_scale_of_one_rank_while_on(two, name):
     for entry in (e for e in two[name][0]["history"] if "loss" in e):
         assert entry["loss"] == pytest.approx(math.log(4), rel=0.1)

@@ -64,6 +64,21 @@ def cases(folder, ranks):
         "uniform, accumulated",
         lambda: train(folder, data, tau_threshold=3.9, gradient_accumulation_steps=3, max_steps=4, **small),
     )
+    yield (
+        "counted on each rank",
+        lambda: train(
+            folder,
+            data,
+            tau_threshold=3.9,
+            average_tokens_across_devices=False,
+            gradient_accumulation_steps=2,
+            **small,
+        ),
+    )
+    yield (
+        "on, counted on each rank",
+        lambda: train(folder, data, on=True, average_tokens_across_devices=False, max_steps=4, **small),
+    )
     yield "honours the item count", lambda: train_vit(folder, small)
     yield "on", lambda: train(folder, data, on=True, max_steps=6, **small)
     yield "on, accumulated", lambda: train(folder, data, on=True, gradient_accumulation_steps=2, max_steps=4, **small)
