@@ -112,7 +112,8 @@ class Reserve:
             sampler=itertools.count(position),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             num_workers=like.num_workers,
-            pin_memory=like.pin_memory,
+            pin_memory=like.pin_memory
+            and torch.accelerator.is_available(),  # torch warns where there is nothing to copy to
             multiprocessing_context=like.multiprocessing_context,
             # The loader draws its workers' base seed from this one instead of the global one.
             generator=torch.Generator().manual_seed(0),

@@ -65,7 +65,9 @@ class WeightedLossMixin(Trainer):
             self.loss_is_scaled_for_ga = True
         self._batch_norm = batch_norm_layers(self.model)
         weighted = self._sampling and self.importance_args.batch_norm == "weighted"
-        self._weighted_batch_norm = WeightedBatchNorm(self._batch_norm) if weighted and self._batch_norm else None
+        # The weighted moments of one rank are not those of all: SyncBatchNorm normalises with its running statistics.
+        own = [layer for layer in self._batch_norm if not isinstance(layer, nn.SyncBatchNorm)]
+        self._weighted_batch_norm = WeightedBatchNorm(own) if weighted and own else None
         if self._batch_norm and (self._sampling or self.importance_args.batch_norm == "frozen"):
             logger.info(
                 "%s has %d BatchNorm layers: batch_norm=%r, %s.",
