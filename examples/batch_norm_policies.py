@@ -28,6 +28,7 @@ from hf_importance.batch_norm import Moments, batch_norm_layers
 ROWS = {
     "plain Trainer": {"importance_sampling": False},
     "plain Trainer, frozen": {"importance_sampling": False, "batch_norm": "frozen"},
+    "importance, untouched": {"batch_norm": "untouched"},
     "importance, batch": {"batch_norm": "batch"},
     "importance, running": {"batch_norm": "running"},
     "importance, weighted": {"batch_norm": "weighted"},

@@ -211,7 +211,7 @@ class ImportanceMixin(WeightedLossMixin):
     def _score(self, pools: list[Pool]) -> tuple[list[Tensor], list[Tensor]]:
         """Give the scores of each pool, and the item count of each of its batches; on the CPU, float64."""
         settings, scores, items = self.importance_args, [], []
-        following = self._batch_norm if settings.batch_norm in ("running", "weighted") else []
+        following = self._batch_norm if settings.batch_norm in ("batch", "weighted", "running") else []
         if self._weighted_batch_norm is not None:
             self._weighted_batch_norm.weights = None
         for pool in pools:
@@ -337,10 +337,11 @@ class ImportanceMixin(WeightedLossMixin):
         return Padding(side=side, unread_first=unread, values={**labels, **tokens})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``Trainer`` does; the reserve's workers end with the run."""
+        """Train as ``Trainer`` does; the reserve's workers, and what was set on BatchNorm layers, end with the run."""
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._hold_batch_norm(training=True, weights=None)
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
 

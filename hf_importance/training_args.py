@@ -12,7 +12,7 @@ from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
-BATCH_NORM_POLICIES = ("weighted", "running", "batch", "frozen")
+BATCH_NORM_POLICIES = ("batch", "weighted", "running", "frozen", "untouched")
 
 
 @dataclass
@@ -62,11 +62,12 @@ class ImportanceArguments:
         metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
     )
     batch_norm: str = field(
-        default="running",
+        default="batch",
         metadata={
-            "help": "BatchNorm in importance steps: 'running' (normalise with the running statistics, which follow "
-            "the uniform pool), 'batch' (left alone: they drift to the hard examples), or 'frozen' (as they are, in "
-            "every step, whether importance sampling is on or not)."
+            "help": "What BatchNorm normalises with in importance steps: the moments of the 'batch', its importance-"
+            "'weighted' moments, or the 'running' statistics; in all three the running statistics follow the uniform "
+            "pool. 'frozen': running statistics as they are, in every step. 'untouched': left alone, running "
+            "statistics too."
         },
     )
 

@@ -24,10 +24,11 @@ from hf_importance.vocabulary import SlicedHead
 logger = logging.getLogger(__name__)
 
 _BATCH_NORM_MEANING = {
-    "weighted": "an importance step normalises with importance-weighted moments; running statistics follow the pool",
-    "running": "an importance step normalises with the running statistics, and these follow the uniform pool",
-    "batch": "left alone, so that in importance steps the running statistics drift to the hard examples",
+    "batch": "importance steps normalise with the batch, and the running statistics follow the uniform pool",
+    "weighted": "importance steps normalise with importance-weighted moments; running statistics follow the pool",
+    "running": "importance steps normalise with the running statistics, and these follow the uniform pool",
     "frozen": "the running statistics stay as they are, in every step",
+    "untouched": "left alone, so that in importance steps the running statistics follow the hard examples",
 }
 
 
@@ -116,7 +117,13 @@ class WeightedLossMixin(Trainer):
         policy = self.importance_args.batch_norm
         if self._weighted_batch_norm is not None:
             self._weighted_batch_norm.weights = weights if training else None
-        if training and (policy == "frozen" or (policy in ("running", "weighted") and weights is not None)):
+        if not training or policy == "untouched":
+            return
+        if policy == "batch":
+            for layer in self._batch_norm:
+                # Without it torch normalises with the batch and leaves the running statistics alone.
+                layer.track_running_stats = weights is None
+        elif policy == "frozen" or weights is not None:
             for layer in self._batch_norm:
                 layer.eval()  # until the next training_step calls model.train()
 

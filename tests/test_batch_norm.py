@@ -108,13 +108,13 @@ def first_layer_mean(model, data):
         return model.resnet.embedder.embedder.convolution(data["pixel_values"][:]).mean((0, 2, 3))
 
 
-@pytest.mark.parametrize("policy", ["running", "weighted", "batch"])
+@pytest.mark.parametrize("policy", ["batch", "weighted", "running", "untouched"])
 def test_running_statistics_follow_the_uniform_data_and_not_the_hard_examples(tmp_path, digits, policy):
     model, data = train(tmp_path, digits, policy)
     expected = first_layer_mean(model, data)
     found = model.resnet.embedder.embedder.normalization.running_mean
     distance = float((found - expected).norm() / expected.norm())
-    assert distance > 0.2 if policy == "batch" else distance < 0.05, distance
+    assert distance > 0.2 if policy == "untouched" else distance < 0.05, distance
 
 
 def test_frozen_statistics_do_not_move(tmp_path, digits):
@@ -123,9 +123,10 @@ def test_frozen_statistics_do_not_move(tmp_path, digits):
     assert model.resnet.embedder.embedder.normalization.num_batches_tracked == 0
 
 
-def test_an_examples_gradient_does_not_depend_on_its_neighbours(tmp_path, digits):
+def test_with_running_statistics_a_gradient_does_not_depend_on_its_neighbours(tmp_path, digits):
     # Weights 1 and 0: the second example's pixels must not reach the first one's gradient.
-    trainer = ImportanceTrainer(toys.resnet(), toys.arguments(tmp_path), train_dataset=digits)
+    args = toys.arguments(tmp_path, batch_norm="running")
+    trainer = ImportanceTrainer(toys.resnet(), args, train_dataset=digits)
     gradients = []
     for neighbour in (1, 2):
         model = trainer.model.train()
@@ -142,6 +143,19 @@ def test_the_choice_is_said_once_at_construction(tmp_path, digits, caplog):
         ImportanceTrainer(toys.resnet(), toys.arguments(tmp_path), train_dataset=digits)
         ImportanceTrainer(toys.vit(), toys.arguments(tmp_path), train_dataset=digits)
     assert [r.getMessage() for r in caplog.records] == [
-        "ResNetForImageClassification has 8 BatchNorm layers: batch_norm='running', an importance step normalises "
-        "with the running statistics, and these follow the uniform pool."
+        "ResNetForImageClassification has 8 BatchNorm layers: batch_norm='batch', importance steps normalise with the "
+        "batch, and the running statistics follow the uniform pool."
     ]
+
+
+def test_the_batch_policy_normalises_with_the_batch_and_is_undone_after_training(tmp_path, digits):
+    model, _ = train(tmp_path, digits, "batch")
+    assert all(layer.track_running_stats for layer in batch_norm_layers(model))
+    args = toys.arguments(tmp_path, batch_norm="batch")
+    trainer = ImportanceTrainer(toys.resnet(), args, train_dataset=digits)
+    twin, batch = toys.resnet().train(), digits[:6]
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    loss = trainer.compute_loss(trainer.model.train(), {**batch, "importance_weights": torch.ones(6)})
+    torch.testing.assert_close(loss, twin(**batch).loss)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name

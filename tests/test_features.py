@@ -859,19 +859,20 @@ def test_model_init_gives_the_same_run_twice(tmp_path, digits):
 
 
 def test_model_init_and_the_statistics_of_batch_norm(tmp_path, digits):
-    # In an importance step BatchNorm normalises with the running statistics, in the very model that is trained.
-    modes = []
+    # In an importance step the batch does not move the running statistics, in the very model that is trained.
+    moved = []
 
     class Look(Watched):
         def compute_loss(self, model, inputs, *args, **kwargs):
             result = super().compute_loss(model, inputs, *args, **kwargs)
             if WEIGHTS in inputs:
-                modes.append({m.training for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)})
+                layers = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+                moved.append({layer.track_running_stats for layer in layers})
             return result
 
     args = toys.always_on(tmp_path, max_steps=3, logging_steps=1)
     watch(None, args, digits.select(range(128)), kind=Look, model_init=lambda: toys.resnet())
-    assert modes == [{False}] * 2
+    assert moved == [{False}] * 2
 
 
 def test_hyperparameter_search(tmp_path, digits):
