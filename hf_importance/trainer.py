@@ -2,9 +2,9 @@
 
 ::
 
-    own batch ─► on? ── no ─────────────────────► loss (w = 1) ─► scores of the same logits ─┐
-                  │ yes                                                                      ├─► 3 sums over ranks ─►
-                  τ ─► log └─► + reserve ─► score (no grad) ─► resample ─► weighted loss ─────────────┘
+    own batch ─► on? ── no ─► loss (w = 1) ─► scores of the same logits ───┐
+                  │ yes                                                    ├─► 3 sums over ranks ─► τ ─► switch ─► log
+                  └─► + reserve ─► score ─► resample ─► weighted loss ─────┘
 
 Every step starts from the Trainer's own batch, so epochs, ``max_steps``, the schedule and skipping on resume stay the
 Trainer's. While the switch is off nothing else happens, and the run is the plain Trainer's to the last bit.

@@ -65,6 +65,7 @@ class WeightedLossMixin(Trainer):
             # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
             self.loss_is_scaled_for_ga = True
         self._batch_norm = batch_norm_layers(self.model)
+        self._tracking = True
         weighted = self._sampling and self.importance_args.batch_norm == "weighted"
         # The weighted moments of one rank are not those of all: SyncBatchNorm normalises with its running statistics.
         own = [layer for layer in self._batch_norm if not isinstance(layer, nn.SyncBatchNorm)]
@@ -108,9 +109,12 @@ class WeightedLossMixin(Trainer):
 
     def _reads_outputs(self) -> bool:
         """Say whether scores or the scale of the loss are still to be had from this forward pass."""
-        if self._sampling:
-            return self._awaiting or not self._loss_scale.checked
-        return self._step_items is not None and not self._loss_scale.checked
+        return (self._sampling and self._awaiting) or self._learns_scale()
+
+    def _learns_scale(self) -> bool:
+        """Say whether this model's loss is still to be checked, or its scale needed and not known."""
+        unknown = self._step_items is not None and self._loss_scale.over_step is None
+        return unknown or (self._sampling and not self._loss_scale.checked)
 
     def _hold_batch_norm(self, training: bool, weights: Tensor | None) -> None:
         """Let BatchNorm normalise in this forward pass as the policy says."""
@@ -120,9 +124,11 @@ class WeightedLossMixin(Trainer):
         if not training or policy == "untouched":
             return
         if policy == "batch":
-            for layer in self._batch_norm:
-                # Without it torch normalises with the batch and leaves the running statistics alone.
-                layer.track_running_stats = weights is None
+            if self._tracking != (weights is None):
+                self._tracking = weights is None
+                for layer in self._batch_norm:
+                    # Without it torch normalises with the batch and leaves the running statistics alone.
+                    layer.track_running_stats = self._tracking
         elif policy == "frozen" or weights is not None:
             for layer in self._batch_norm:
                 layer.eval()  # until the next training_step calls model.train()
@@ -146,7 +152,7 @@ class WeightedLossMixin(Trainer):
         # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
         multiplied = self._averaged_ranks if takes_items else 1
         scale = self._loss_scale
-        if not scale.checked and (self._sampling or self._step_items is not None):
+        if self._learns_scale():
             try:
                 scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes_items else None)
             except ValueError:

@@ -147,3 +147,34 @@ def test_a_loss_that_is_no_plain_mean_is_refused_at_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"The loss of the first batch is .*class weights.*importance_sampling=False"):
         toys.run(ImportanceTrainer, model, toys.arguments(tmp_path), toys.sentences())
     toys.run(ImportanceTrainer, model, toys.arguments(tmp_path, importance_sampling=False), toys.sentences())
+
+
+def test_the_scale_is_learnt_once_a_micro_batch_tells(tmp_path):
+    # All items of the first step lie in its first micro-batch, so that one tells nothing, and a guess would be wrong for
+    # one of the two models in the steps that follow.
+    for make_model in (toys.bert, lambda: _step_scaled(toys.bert())):
+        labels = [1, 2, -100, -100, *([0, 1, 2, 3] * 5)]
+        data = toys.sentences(24).remove_columns("labels").add_column("labels", labels)
+        losses = []
+        for size, accumulation in ((2, 2), (4, 1)):
+            args = toys.arguments(
+                tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=3,
+                logging_steps=1, learning_rate=0.0, train_sampling_strategy="sequential", importance_sampling=False,
+            )  # fmt: skip
+            trainer = toys.run(ImportanceTrainer, make_model(), args, data)
+            losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+        assert losses[0][1:] == pytest.approx(losses[1][1:], rel=1e-5)
+
+
+def _step_scaled(model):
+    """Make BERT divide by the items of the step, as models with a loss function of transformers do."""
+    own = model.forward
+
+    def forward(input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        outputs = own(input_ids, attention_mask)
+        summed = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+        outputs.loss = summed / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return outputs
+
+    model.forward = forward
+    return model
