@@ -149,7 +149,7 @@ def main() -> None:
         for name in arguments.rows:
             results[name].append(run(name, arguments, train, test, seed))
             print(seed, name, results[name][-1], flush=True)
-    names = list(results["plain Trainer"][0])
+    names = list(next(iter(results.values()))[0])
     print(f"\n{arguments}\ntorch {torch.__version__}, transformers {transformers.__version__}")
     print("\n| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for row, runs in results.items():

@@ -150,8 +150,8 @@ def test_a_loss_that_is_no_plain_mean_is_refused_at_the_first_step(tmp_path):
 
 
 def test_the_scale_is_learnt_once_a_micro_batch_tells(tmp_path):
-    # All items of the first step lie in its first micro-batch, so that one tells nothing, and a guess would be wrong for
-    # one of the two models in the steps that follow.
+    # All items of the first step lie in its first micro-batch, so that one tells nothing, and a guess would be wrong
+    # for one of the two models in the steps that follow.
     for make_model in (toys.bert, lambda: _step_scaled(toys.bert())):
         labels = [1, 2, -100, -100, *([0, 1, 2, 3] * 5)]
         data = toys.sentences(24).remove_columns("labels").add_column("labels", labels)
