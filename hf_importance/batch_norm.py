@@ -1,10 +1,10 @@
-"""BatchNorm under importance sampling: no example may change what another one's gradient is.
+"""BatchNorm under importance sampling: what ties the examples of a batch together, and what can be done about it.
 
 The weights make a resampled batch unbiased example by example. BatchNorm in training mode ties the examples together:
 a batch of hard examples is normalised by the statistics of hard examples, and the running statistics, which
-evaluation uses, drift to them; no weight repairs either. So in an importance step BatchNorm normalises with its
-running statistics, as it does in evaluation, and these follow the pool, which is uniform: the scoring pass sees all
-of it anyway.
+evaluation uses, follow them; no weight repairs either. The policies of the argument ``batch_norm`` are made of the
+pieces here: running statistics that follow the pool, which is uniform and which the scoring pass sees anyway, and
+importance-weighted moments. What each is worth is measured in docs/batch_norm.md.
 
 Layers whose randomness or statistics stay within one example (dropout, LayerNorm, GroupNorm, InstanceNorm) need none
 of this: whatever they draw, an example's gradient does not depend on its neighbours.

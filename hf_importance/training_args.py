@@ -12,7 +12,7 @@ from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
-BATCH_NORM_POLICIES = ("batch", "weighted", "running", "frozen", "untouched")
+BATCH_NORM_POLICIES = ("untouched", "batch", "weighted", "running", "frozen")
 
 
 @dataclass
@@ -62,12 +62,11 @@ class ImportanceArguments:
         metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
     )
     batch_norm: str = field(
-        default="batch",
+        default="untouched",
         metadata={
-            "help": "What BatchNorm normalises with in importance steps: the moments of the 'batch', its importance-"
-            "'weighted' moments, or the 'running' statistics; in all three the running statistics follow the uniform "
-            "pool. 'frozen': running statistics as they are, in every step. 'untouched': left alone, running "
-            "statistics too."
+            "help": "BatchNorm in importance steps: 'untouched', or normalise with the moments of the 'batch', its "
+            "importance-'weighted' moments, or the 'running' statistics, while the running statistics follow the "
+            "uniform pool; 'frozen': running statistics as they are, in every step."
         },
     )
 

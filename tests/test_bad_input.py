@@ -23,7 +23,7 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
         ("tau_momentum", float("nan"), r"tau_momentum must lie in \[0, 1\), but it is nan"),
         ("scoring_batch_size", 0, "scoring_batch_size must be at least 1, but it is 0"),
         ("importance_score", "entropy", "one of 'upper_bound', 'loss', 'gradient_norm', but it is 'entropy'"),
-        ("batch_norm", "eval", "one of 'batch', 'weighted', 'running', 'frozen', 'untouched', but it is 'eval'"),
+        ("batch_norm", "eval", "one of 'untouched', 'batch', 'weighted', 'running', 'frozen', but it is 'eval'"),
         ("resampling", "poisson", "one of 'systematic', 'multinomial', but it is 'poisson'"),
     ],
 )

@@ -143,8 +143,8 @@ def test_the_choice_is_said_once_at_construction(tmp_path, digits, caplog):
         ImportanceTrainer(toys.resnet(), toys.arguments(tmp_path), train_dataset=digits)
         ImportanceTrainer(toys.vit(), toys.arguments(tmp_path), train_dataset=digits)
     assert [r.getMessage() for r in caplog.records] == [
-        "ResNetForImageClassification has 8 BatchNorm layers: batch_norm='batch', importance steps normalise with the "
-        "batch, and the running statistics follow the uniform pool."
+        "ResNetForImageClassification has 8 BatchNorm layers: batch_norm='untouched', left alone, so that in "
+        "importance steps the running statistics follow the hard examples."
     ]
 
 

@@ -870,7 +870,7 @@ def test_model_init_and_the_statistics_of_batch_norm(tmp_path, digits):
                 moved.append({layer.track_running_stats for layer in layers})
             return result
 
-    args = toys.always_on(tmp_path, max_steps=3, logging_steps=1)
+    args = toys.always_on(tmp_path, batch_norm="batch", max_steps=3, logging_steps=1)
     watch(None, args, digits.select(range(128)), kind=Look, model_init=lambda: toys.resnet())
     assert moved == [{False}] * 2
 
