@@ -130,7 +130,8 @@ class WeightedBatchNorm:
 
     def __init__(self, layers: list[_BatchNorm]) -> None:
         self.weights: Tensor | None = None
-        self.hooks = [layer.register_forward_hook(self._normalise) for layer in layers]
+        for layer in layers:
+            layer.register_forward_hook(self._normalise)
 
     def _normalise(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.weights is None or len(inputs[0]) != len(self.weights):

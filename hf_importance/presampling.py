@@ -69,6 +69,14 @@ def score_outputs(
     return result
 
 
+def counted(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Multiply what belongs to the examples of a batch, shape ``(b,)``, by the weights that it brings, if any.
+
+    An example that already counts w times has w times the gradient.
+    """
+    return values * inputs[WEIGHTS] if WEIGHTS in inputs else values
+
+
 def score_pool(
     model: nn.Module,
     pool: Pool,
@@ -103,8 +111,7 @@ def score_pool(
                     result = sliced.scores(model, batch, kind)
                 if result is None:
                     result = score_outputs(model(**head.model_inputs(batch)), batch, head, kind, function)
-                # An example that already counts w times has w times the gradient.
-                found.append(result * batch[WEIGHTS] if WEIGHTS in batch else result)
+                found.append(counted(result, batch))
             return torch.cat(found)
 
 
@@ -159,8 +166,7 @@ def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:
 def _gradient_norms(model: nn.Module, pool: Pool, head: Head) -> Tensor:
     def losses() -> Iterator[Tensor]:
         for batch in pool.chunks(1):
-            loss = head.losses(model(**head.model_inputs(batch)), batch).sum()
-            yield loss * batch[WEIGHTS].sum() if WEIGHTS in batch else loss
+            yield counted(head.losses(model(**head.model_inputs(batch)), batch), batch).sum()
 
     with torch.enable_grad():
         return scores.gradient_norm(losses(), (p for p in model.parameters() if p.requires_grad))

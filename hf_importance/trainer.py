@@ -37,7 +37,7 @@ from hf_importance.batches import (
 )
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
-from hf_importance.presampling import draw, keep_own, score_outputs, score_pool
+from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
 from hf_importance.training_args import ImportanceArguments
@@ -238,9 +238,7 @@ class ImportanceMixin(WeightedLossMixin):
         """Keep, on the device, what the logits of a uniform training pass say."""
         settings = self.importance_args
         score = score_outputs(outputs, batch, self._head, settings.importance_score, self.compute_score_func)
-        if WEIGHTS in batch:
-            score = score * batch[WEIGHTS]  # it already counts w times
-        self._pending.append((score, self._head.items(batch)))
+        self._pending.append((counted(score, batch), self._head.items(batch)))
 
     # ---- τ and the log ----
 
