@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,37 @@ def split_evenly(total: int, largest: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
+def fetch(dataset: Any, indices: list[int]) -> list[Any]:
+    """Give several examples, as torch's own loader does."""
+    # By the batched access where there is one: datasets.Dataset is far faster by it.
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
+
+
+def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int]) -> DataLoader:
+    """Give a loader of ready batches with the workers, the pinning and the prefetching of another.
+
+    Args:
+        like: The Trainer's own loader.
+        batches: Gives a collated batch for each position.
+        positions: Which batches, in order.
+    """
+    workers = {"prefetch_factor": like.prefetch_factor} if like.num_workers else {}
+    return DataLoader(
+        batches,
+        sampler=positions,  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        num_workers=like.num_workers,
+        # torch warns where there is nothing to copy to.
+        pin_memory=like.pin_memory and torch.accelerator.is_available(),
+        multiprocessing_context=like.multiprocessing_context,
+        # The loader draws its workers' base seed from this one instead of the global one.
+        generator=torch.Generator().manual_seed(0),
+        **workers,
+    )
+
+
 class ReserveDataset(Dataset):
     """Collated batches of uniformly drawn examples, by position: batch ``p`` is the same whoever asks, and when.
 
@@ -88,13 +119,7 @@ class ReserveDataset(Dataset):
         """Fetch and collate the batch at ``position``."""
         indices = self.indices(position)
         with isolated_rng(key_to_seed(self.seed, self.rank, position, 1)):
-            # torch's own fetcher prefers the batched access where a dataset has it; datasets.Dataset is far faster by
-            # it.
-            if hasattr(self.dataset, "__getitems__"):
-                examples = self.dataset.__getitems__(indices)
-            else:
-                examples = [self.dataset[index] for index in indices]
-            return self.collate(examples)
+            return self.collate(fetch(self.dataset, indices))
 
 
 class Reserve:
@@ -106,20 +131,7 @@ class Reserve:
 
     def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int) -> None:
         self.position = position
-        workers = {"prefetch_factor": like.prefetch_factor} if like.num_workers else {}
-        loader = DataLoader(
-            dataset,
-            sampler=itertools.count(position),  # pyright: ignore[reportArgumentType]
-            batch_size=None,
-            num_workers=like.num_workers,
-            pin_memory=like.pin_memory
-            and torch.accelerator.is_available(),  # torch warns where there is nothing to copy to
-            multiprocessing_context=like.multiprocessing_context,
-            # The loader draws its workers' base seed from this one instead of the global one.
-            generator=torch.Generator().manual_seed(0),
-            **workers,
-        )
-        self._batches = iter(loader)
+        self._batches = iter(loader_like(like, dataset, itertools.count(position)))
 
     def __iter__(self) -> Reserve:
         """Give itself."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_importance.batches import batch_size_of
@@ -48,6 +49,37 @@ def check_dataset(examples: int, batch_size: int, presample_ratio: float) -> Non
         )
 
 
+def check_history(dataset: Any, args: TrainingArguments) -> None:
+    """Refuse what scores cannot be remembered for.
+
+    Raises:
+        ValueError: The dataset is a stream or has no length, or the Trainer is to choose the order by lengths.
+    """
+    if dataset is None:
+        raise ValueError("Trainer: training requires a train_dataset.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"importance_method='history' remembers a score for each example, so train_dataset must be map-style "
+            f"(__len__ and __getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for "
+            "a stream, or load the dataset without streaming."
+        )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"importance_method='history' draws its own order, and train_sampling_strategy="
+            f"{args.train_sampling_strategy!r} asks for one by lengths. Leave it 'random', or use "
+            "importance_method='presample'."
+        )
+    if (
+        0 < args.max_steps
+        and args.max_steps * args.train_batch_size * args.world_size * (args.gradient_accumulation_steps)
+        <= len(dataset)
+    ) or (args.max_steps <= 0 and args.num_train_epochs <= 1):
+        logger.warning(
+            "importance_method='history' has nothing to remember in a run of one epoch: no example is seen twice, and "
+            "it will train uniformly. Use importance_method='presample', or more epochs."
+        )
+
+
 def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
     """Refuse what could not work: several GPUs in one process, and a threshold that τ can never pass.
 
@@ -67,7 +99,8 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
             "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
             "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
-    check_threshold(settings, args, args.train_batch_size)
+    if settings.importance_method == "presample":
+        check_threshold(settings, args, args.train_batch_size)
 
 
 def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batch_size: int) -> None:

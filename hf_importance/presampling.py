@@ -123,22 +123,19 @@ class Draw:
         batch: The rows that are trained on, with their entry ``importance_weights``; on the device.
         weights: The same weights; on the CPU.
         distinct: How many of its rows are distinct.
-        items: What a uniform batch of its size would have counted in expectation: the pool's items times n / B.
     """
 
     batch: dict[str, Any]
     weights: Tensor
     distinct: int
-    items: float
 
 
-def draw(pool: Pool, pool_scores: Tensor, items: Tensor, method: Resampling, generator: torch.Generator) -> Draw:
+def draw(pool: Pool, pool_scores: Tensor, method: Resampling, generator: torch.Generator) -> Draw:
     """Draw as many examples from a scored pool as the Trainer's own batch, its first, has.
 
     Args:
         pool: The examples.
         pool_scores: Score of each, non-negative; on the CPU, shape ``(B,)``.
-        items: Item count of each batch of the pool; on the CPU.
         method: ``"systematic"`` or ``"multinomial"``.
         generator: Source of randomness, on the CPU.
     """
@@ -146,14 +143,13 @@ def draw(pool: Pool, pool_scores: Tensor, items: Tensor, method: Resampling, gen
     index, weights = resample(pool_scores, size, method, generator)
     batch, order = pool.take(index)
     weights = weights[order].float()
-    share = float(items.sum()) * size / len(pool)
-    return Draw(_weighted(batch, weights), weights, len(index.unique()), share)
+    return Draw(_weighted(batch, weights), weights, len(index.unique()))
 
 
-def keep_own(pool: Pool, items: Tensor) -> Draw:
-    """Keep the Trainer's own batch of a pool, each example with weight 1; arguments as for :func:`draw`."""
+def keep_own(pool: Pool) -> Draw:
+    """Keep the Trainer's own batch of a pool, each example with weight 1."""
     weights = torch.ones(pool.sizes[0])
-    return Draw(_weighted(pool.batches[0], weights), weights, pool.sizes[0], float(items[0]))
+    return Draw(_weighted(pool.batches[0], weights), weights, pool.sizes[0])
 
 
 def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:

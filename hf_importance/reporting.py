@@ -20,6 +20,7 @@ class Totals:
 
     examples_scored: int = 0  # by a scoring forward pass; scores from training logits are free and not counted
     examples_trained: int = 0  # rows of training batches
+    examples_uniform: int = 0  # what uniform sampling would have trained on in the same steps
     examples_distinct: int = 0  # the same, rows that a batch holds twice counted once
     nonfinite_steps: int = 0  # optimizer steps left uniform because a score was NaN or infinite
 
@@ -48,12 +49,20 @@ class Report:
     def uniform_batch(self, size: int) -> None:
         """Count a micro-batch of ``size`` examples that is trained on as the Trainer drew it."""
         self._unsynced.examples_trained += size
+        self._unsynced.examples_uniform += size
         self._unsynced.examples_distinct += size
         self._sample_sizes.append(size)
 
-    def weighted_batch(self, weights: Tensor, distinct: int) -> None:
-        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct."""
+    def weighted_batch(self, weights: Tensor, distinct: int, uniform: int) -> None:
+        """Count a micro-batch drawn by importance.
+
+        Args:
+            weights: Its importance weights, shape ``(n,)``.
+            distinct: How many of its rows are distinct.
+            uniform: How many examples the uniform batch in its place would have had.
+        """
         self._unsynced.examples_trained += len(weights)
+        self._unsynced.examples_uniform += uniform
         self._unsynced.examples_distinct += distinct
         self._sample_sizes.append(effective_sample_size(weights))
         self._max_weight = max(self._max_weight, float(weights.max()))
@@ -80,13 +89,18 @@ class Report:
             setattr(self.totals, name, getattr(self.totals, name) + int(increment))
         self._unsynced = Totals()
 
-    def drain(self, switch: Switch) -> dict[str, float]:
-        """Give the log entries since the last call and start anew. All ranks must call it."""
+    def drain(self, switch: Switch, method: dict[str, float]) -> dict[str, float]:
+        """Give the log entries since the last call and start anew. All ranks must call it.
+
+        Args:
+            switch: Says what is on.
+            method: Entries of the method's own.
+        """
         self.sync()
         elapsed = time.perf_counter() - self._started
         entries = {
             "tau": switch.tau,
-            "tau_threshold": switch.threshold,
+            **method,
             "batch_size_gain": switch.tau**2,
             "active": float(switch.active),
             "active_share": self._active_steps / max(self._steps, 1),

@@ -3,8 +3,11 @@
 ::
 
     own batch ─► on? ── no ─► loss (w = 1) ─► scores of the same logits ───┐
-                  │ yes                                                    ├─► 3 sums over ranks ─► τ ─► switch ─► log
+                  │ yes                                                    ├─► sums over ranks ─► τ ─► switch ─► log
                   └─► + reserve ─► score ─► resample ─► weighted loss ─────┘
+
+(``importance_method="history"`` draws by remembered scores instead, with no reserve and no scoring: see
+:mod:`hf_importance.remembering`.)
 
 Every step starts from the Trainer's own batch, so epochs, ``max_steps``, the schedule and skipping on resume stay the
 Trainer's. While the switch is off nothing else happens, and the run is the plain Trainer's to the last bit.
@@ -19,10 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_importance.batch_norm import follow_pool
 from hf_importance.batches import (
@@ -35,12 +40,19 @@ from hf_importance.batches import (
     key_to_seed,
     split_evenly,
 )
-from hf_importance.checkpoint import ImportanceStateCallback, saved_state
-from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
+from hf_importance.checkpoint import (
+    ImportanceStateCallback,
+    load_tensors,
+    save_tensors,
+    saved_state,
+)
+from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
+from hf_importance.remembering import Remembering
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.visits import IndexedCollator, IndexedDataset
 from hf_importance.weighted_loss import WeightedLossMixin
 
 logger = logging.getLogger(__name__)
@@ -89,8 +101,10 @@ class ImportanceMixin(WeightedLossMixin):
         self._report = Report(self._sum_over_ranks)
         self._reserve: Reserve | None = None
         self._reserve_start = 0
-        # What the last uniform step left on the device: the scores and the item count of each micro-batch.
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._remembering: Remembering | None = None
+        self._resumed_history: dict[str, Any] | None = None
+        # What the last step left on the device, of each micro-batch: scores, indices of the examples, item count.
+        self._pending: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._awaiting = False
         self._warned_nonfinite = False
 
@@ -113,6 +127,7 @@ class ImportanceMixin(WeightedLossMixin):
                 self._report.totals = Totals(**saved["totals"])
                 self._reserve_start = saved["reserve_position"]
                 self._loss_scale.over_step = saved["loss_over_step"]
+                self._resumed_history = saved["history"]
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
         self.remove_callback(ImportanceStateCallback)
         self.add_callback(self._state_callback)
@@ -125,6 +140,7 @@ class ImportanceMixin(WeightedLossMixin):
             "totals": dataclasses.asdict(self._report.totals),
             "reserve_position": position,
             "loss_over_step": self._loss_scale.over_step,
+            "history": None if self._remembering is None else self._remembering.history.state_dict(),
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -132,21 +148,48 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling and self.is_in_train and self.state is self._seen_state:
             self._settle()
             self._report.sync()
+            if self._remembering is not None:
+                self._remembering.exchange()
+                if output_dir is not None and _internal_call and self.args.should_save:
+                    save_tensors(output_dir, self._remembering.history.tensors(), self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     # ---- The step ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Give the Trainer's own loader, untouched, after checking that a pool can be drawn from its dataset."""
+        """Give the Trainer's own loader, after checking that its dataset can be drawn from.
+
+        With the history method its batches carry the indices of their examples; else it is untouched.
+        """
         if self.model_init is not None:  # train() has made a new model
             self._look_at_model()
-        data = self.train_dataset
+        data, settings = self.train_dataset, self.importance_args
+        if self._remembers:
+            check_history(data, self.args)
+            self._train_loader = self._indexed_loader()
+            return self._train_loader
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
             if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
-                check_threshold(self.importance_args, self.args, self._train_batch_size)
-            check_dataset(len(data), self._train_batch_size, self.importance_args.presample_ratio)
+                check_threshold(settings, self.args, self._train_batch_size)
+            check_dataset(len(data), self._train_batch_size, settings.presample_ratio)
         self._train_loader = super().get_train_dataloader()
         return self._train_loader
+
+    def _indexed_loader(self) -> DataLoader:
+        """Have the Trainer make its loader around a dataset and a collator that know the examples' indices."""
+        data, collator = self.train_dataset, self.data_collator
+        try:
+            # Columns that the model does not take are removed here, as the Trainer does it for a dataset of its own.
+            if isinstance(data, datasets.Dataset):
+                self.train_dataset = IndexedDataset(self._remove_unused_columns(data, description="training"))
+                self.data_collator = IndexedCollator(collator)
+            else:
+                self.train_dataset = IndexedDataset(data)
+                inner = self._get_collator_with_removed_columns(collator, description="training")
+                self.data_collator = IndexedCollator(inner)
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = data, collator
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -156,28 +199,89 @@ class ImportanceMixin(WeightedLossMixin):
         Returns:
             The micro-batches, and the number of items that the step's loss is divided by.
         """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_items = None
-        if self._head is None or not batches:
-            return batches, num_items
         if self._sampling:
             self._follow_state()
-            self._settle()
-            self._head.labels(batches[0])
-            if self.state.global_step == 0:
-                check_batch(batches[0], self._train_batch_size)
-            self._report.step(self._switch.active)
-            if self._switch.active:
-                return self._presample(batches, epoch_iterator)
-            for batch in batches:
-                self._report.uniform_batch(batch_size_of(batch))
-            self._awaiting = True
-        if any(name not in batches[0] for name in self._head.label_names):
+            if self._remembers and self._draws_by_history(epoch_iterator):
+                return self._remembered(num_batches)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._head is None or not batches:
+            return batches, num_items
+        if not self._sampling and any(name not in batches[0] for name in self._head.label_names):
             self._leave_loss_to_trainer()
-        elif self._ranks > 1 or (num_batches > 1 and (not self._loss_scale.over_step or WEIGHTS in batches[0])):
-            # On several ranks always: they may learn the scale at different steps, and must all take part in the sum.
-            self._step_items = self._count_items(batches)
-        return batches, num_items
+            return batches, num_items
+        self._head.labels(batches[0])
+        # On several ranks always: they may learn the scale at different steps, and must all take part in the sum.
+        if self._ranks > 1 or (num_batches > 1 and (not self._loss_scale.over_step or WEIGHTS in batches[0])):
+            self._step_items = torch.stack([self._loss_scale.items(batch) for batch in batches]).sum()
+        return (self._drawn(batches, epoch_iterator) if self._sampling else None) or (batches, num_items)
+
+    def _drawn(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor] | None:
+        """Draw one optimizer step's micro-batches anew while presampling is on; None: they are trained on as is."""
+        if self.state.global_step == 0:
+            check_batch(batches[0], self._train_batch_size)
+        if self._remembers or not self._switch.active:
+            self._settle(counting=True)
+        self._report.step(self._switch.active)
+        if self._switch.active:
+            return self._presample(batches, epoch_iterator)
+        for batch in batches:
+            self._report.uniform_batch(batch_size_of(batch))
+        self._awaiting = True
+        return None
+
+    # ---- Drawing by remembered scores ----
+
+    @property
+    def _remembers(self) -> bool:
+        return self._sampling and self.importance_args.importance_method == "history"
+
+    def _draws_by_history(self, epoch_iterator: Iterator) -> bool:
+        """Give whether this step is drawn by remembered scores. All ranks must call it."""
+        if self._remembering is None:
+            self._remembering = Remembering(
+                self.importance_args,
+                self._train_loader,
+                self.args.gradient_accumulation_steps,
+                self.args.process_index,
+                self._ranks,
+                self._data_seed,
+                self._gather_rows,
+            )
+            if self._resumed_history is not None:
+                tensors = load_tensors(self._resumed_folder, self.state.global_step)
+                self._remembering.history.load(self._resumed_history, tensors)
+        skipped = 0 if self.args.ignore_data_skip else self.state.global_step % self._remembering.updates
+        self._remembering.begin_step(epoch_iterator, skipped)
+        if self._remembering.at_decision:
+            self._settle()
+            if self._switch.turn(self._remembering.decide()):
+                self._log_switch()
+        return self._switch.active
+
+    def _remembered(self, num_batches: int) -> tuple[list, Tensor]:
+        """Give the micro-batches of one optimizer step of a pass."""
+        remembering = self._remembering
+        self._settle()
+        batches = remembering.take(num_batches)
+        self._report.step(True)
+        for _, weights in remembering.handed:
+            self._report.weighted_batch(weights, len(weights), remembering.batch_size)
+        examples = sum(len(weights) for _, weights in remembering.handed)
+        # The items that a uniform step of so many examples would have counted.
+        self._step_items = examples * self._averaged_ranks * remembering.items_an_example
+        self._awaiting = True
+        return batches, torch.tensor(self._step_items, device=self.args.device)
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate rows over all ranks, of which each may have another number; on the CPU."""
+        if self._ranks == 1:
+            return rows
+        padded = self.accelerator.pad_across_processes(rows.to(self.args.device), dim=0, pad_index=-1)
+        gathered = self.accelerator.gather(padded).cpu()
+        return gathered[gathered[:, 0] >= 0]
+
+    # ---- Presampling ----
 
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
         """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
@@ -188,22 +292,24 @@ class ImportanceMixin(WeightedLossMixin):
             pools.append(Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding()))
         scores, items = self._score(pools)
         together = torch.cat(scores)
-        finite = self._update_tau(len(together), float(together.sum()), float(together.square().sum()))
-        drawn, step_items = [], 0.0
-        for micro, (pool, pool_scores, pool_items) in enumerate(zip(pools, scores, items, strict=True)):
+        # What a uniform step would have counted in expectation, and what the own batches count.
+        shares = sum(float(found.sum()) * pool.sizes[0] / len(pool) for pool, found in zip(pools, items, strict=True))
+        counts = [shares, sum(float(found[0]) for found in items)]
+        summed = self._sum_over_ranks([len(together), float(together.sum()), float(together.square().sum()), *counts])
+        finite = self._average_tau(*summed[:3])
+        drawn = []
+        for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
                 generator = torch.Generator().manual_seed(seed)
-                found = draw(pool, pool_scores, pool_items, self.importance_args.resampling, generator)
+                found = draw(pool, pool_scores, self.importance_args.resampling, generator)
             else:
-                found = keep_own(pool, pool_items)
-            self._report.weighted_batch(found.weights, found.distinct)
+                found = keep_own(pool)
+            self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])
             drawn.append(found.batch)
-            step_items += found.items
+        step_items = (summed[3:] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
         if step_items == 0:
             raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
-        if self.args.average_tokens_across_devices:
-            (step_items,) = self._sum_over_ranks([step_items])
         self._step_items = step_items
         self._report.scored(len(together), time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
@@ -234,35 +340,83 @@ class ImportanceMixin(WeightedLossMixin):
         all_scores, all_items = on_host.split([sum(sizes), len(items)])
         return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
 
-    def _keep_scores(self, outputs: Any, batch: dict[str, Any]) -> None:
-        """Keep, on the device, what the logits of a uniform training pass say."""
+    def _keep_scores(self, outputs: Any, batch: dict[str, Any], index: Tensor | None) -> None:
+        """Keep, on the device, what the logits of a training pass say."""
         settings = self.importance_args
         score = score_outputs(outputs, batch, self._head, settings.importance_score, self.compute_score_func)
-        self._pending.append((counted(score, batch), self._head.items(batch)))
+        self._pending.append((counted(score, batch), index, self._loss_scale.items(batch)))
 
     # ---- τ and the log ----
 
-    def _settle(self) -> None:
-        """Read what the last uniform step left on the device and average its τ in. All ranks must call it."""
-        if not self._awaiting:
-            return
-        self._awaiting = False
-        count, total, squares = 0, 0.0, 0.0
-        if self._pending:
-            found = torch.cat([score for score, _ in self._pending])
-            items = torch.stack([item for _, item in self._pending])
-            self._pending = []
-            count = len(found)
-            total, squares, fewest, all_items = torch.stack(
-                [found.sum(), found.square().sum(), items.min(), items.sum()]
-            ).tolist()
-            if all_items == 0 or (fewest == 0 and not self._loss_scale.over_step):
-                raise ValueError(NO_ITEMS.format(step=self.state.global_step))
-        self._update_tau(count, total, squares)
+    def _settle(self, counting: bool = False) -> None:
+        """Read what the last step left on the device and average its τ in. All ranks must call it.
 
-    def _update_tau(self, count: int, total: float, squares: float) -> bool:
-        """Average in the τ of one step over all ranks; give whether its scores were finite, and log a switch."""
-        count, total, squares = self._sum_over_ranks([count, total, squares])
+        Args:
+            counting: Also sum the items of the step to come over the ranks, in the same collective.
+        """
+        counting = counting and self._averaged_ranks > 1
+        if not (self._awaiting or counting):
+            return
+        awaited, self._awaiting = self._awaiting, False
+        own, pending = self._read_pending()
+        # The one collective of a uniform step.
+        *summed, items = self._sum_over_ranks([*own, float(self._step_items) if counting else 0.0])
+        if counting:
+            self._step_items = items
+        if awaited:
+            self._take_in(*summed)
+        if pending is not None and self._remembering is not None:
+            self._remembering.record(*pending, self.state.global_step)
+
+    def _read_pending(self) -> tuple[list[float], tuple[Tensor, Tensor] | None]:
+        """Give this rank's sums of the last step, see :meth:`_take_in`, and the examples and scores behind them."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return [0.0] * 7, None
+        sizes = [len(score) for score, _, _ in pending]
+        # The one wait for the device of a uniform step.
+        host = torch.cat([*(score for score, _, _ in pending), *(items.float()[None] for _, _, items in pending)])
+        found, items = host.cpu().double().split([sum(sizes), len(sizes)])
+        empty = 0.0 if self._loss_scale.over_step else float((items == 0).sum())
+        weights, history = torch.ones_like(found), self._remembering
+        index, drawn = None, 0.0
+        if history is not None:
+            if self._switch.active:
+                index = torch.cat([index for index, _ in history.handed]).long()
+                weights = torch.cat([weights for _, weights in history.handed]).double()
+                found = found / weights  # the batch brought its weights along
+                drawn = float((weights * found).square().sum())
+            else:
+                index = torch.cat([index for _, index, _ in pending]).cpu()
+                drawn = float((history.history.proposed_weights(index) * found.square()).sum())
+        sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
+        own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
+        return own, None if index is None else (index, found)
+
+    def _take_in(
+        self, count: float, total: float, squares: float, drawn: float, empty: float, items: float, examples: float
+    ) -> None:
+        """Average in the sums of one optimizer step over all ranks.
+
+        Args:
+            count: Σ w over its examples; w is 1 where they were drawn uniformly.
+            total: Σ w Ĝ.
+            squares: Σ w Ĝ².
+            drawn: Σ w² Ĝ², with the weights that the table would have given where they were drawn uniformly.
+            empty: Micro-batches whose own mean was 0 / 0.
+            items: Items of the loss.
+            examples: Examples.
+        """
+        if empty > 0 or (items == 0 and examples > 0):
+            raise ValueError(NO_ITEMS.format(step=self.state.global_step))
+        if not self._average_tau(count, total, squares):
+            return
+        if self._remembering is not None:
+            uniform = not self._switch.active
+            self._remembering.measure(count, squares, drawn, items * uniform, examples * uniform)
+
+    def _average_tau(self, count: float, total: float, squares: float) -> bool:
+        """Average in the τ of one step's sums over all ranks; give whether its scores were finite."""
         tau = tau_from_sums(count, total, squares)
         if math.isnan(tau):
             if self.args.process_index == 0:
@@ -278,25 +432,37 @@ class ImportanceMixin(WeightedLossMixin):
                     PREFIX,
                 )
             return False
-        if count and self._switch.update(tau):
-            switch = self._switch
-            if self.is_world_process_zero():
-                logger.info(
-                    "Importance sampling %s after step %d: tau %.3f, threshold %.3f.",
-                    "on" if switch.active else "off",
-                    self.state.global_step,
-                    switch.tau,
-                    switch.threshold,
-                )
-            names = {"active": float(switch.active), "switches": switch.switches, "tau": switch.tau}
-            self.log({PREFIX + name: value for name, value in names.items()})
+        if count and self._remembers:
+            self._switch.average(tau)
+        elif count and self._switch.update(tau):
+            self._log_switch()
         return True
+
+    def _log_switch(self) -> None:
+        """Tell the log and the reporting backends that importance sampling went on or off."""
+        switch, entries = self._switch, self._method_entries()
+        if self.is_world_process_zero():
+            what = ", ".join(f"{name} {value:.3f}" for name, value in entries.items())
+            logger.info(
+                "Importance sampling %s after step %d: tau %.3f, %s.",
+                "on" if switch.active else "off",
+                self.state.global_step,
+                switch.tau,
+                what,
+            )
+        names = {"active": float(switch.active), "switches": switch.switches, "tau": switch.tau}
+        self.log({PREFIX + name: value for name, value in names.items()})
+
+    def _method_entries(self) -> dict[str, float]:
+        if self._remembering is None:
+            return {"tau_threshold": self._switch.threshold}
+        return self._remembering.log_entries(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with the figures of importance sampling at every training log."""
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
-            logs.update(self._report.drain(self._switch))
+            logs.update(self._report.drain(self._switch, self._method_entries()))
         super().log(logs, start_time)
 
     # ---- Data ----
@@ -334,14 +500,32 @@ class ImportanceMixin(WeightedLossMixin):
         unread = frozenset({"labels"}) if getattr(self._head, "shift", False) else frozenset()
         return Padding(side=side, unread_first=unread, values={**labels, **tokens})
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer`` does; the reserve's workers, and what was set on BatchNorm layers, end with the run."""
+        self._resumed_folder = resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            self._resumed_folder = get_last_checkpoint(self.args.output_dir)
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._sampling:
+                self._report_savings()
+            return result
         finally:
             self._hold_batch_norm(training=True, weights=None)
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
+
+    def _report_savings(self) -> None:
+        totals = self._report.totals
+        if self.is_world_process_zero() and totals.examples_uniform:
+            logger.info(
+                "Trained on %d examples where uniform sampling takes %d (%.1f %%), and scored %d in forward passes of "
+                "their own.",
+                totals.examples_trained,
+                totals.examples_uniform,
+                100 * totals.examples_trained / totals.examples_uniform,
+                totals.examples_scored,
+            )
 
 
 class ImportanceTrainer(ImportanceMixin, Trainer):

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
+METHODS = ("presample", "history")
+BUDGETS = ("variance", "constant_variance", "constant_time")
 SCORES = ("upper_bound", "loss", "gradient_norm")
 BATCH_NORM_POLICIES = ("untouched", "batch", "weighted", "running", "frozen")
 
@@ -27,6 +29,32 @@ class ImportanceArguments:
     importance_sampling: bool = field(
         default=True,
         metadata={"help": "Draw examples by importance once it pays. False trains as the plain Trainer does."},
+    )
+    importance_method: str = field(
+        default="presample",
+        metadata={
+            "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's) or "
+            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs)."
+        },
+    )
+    importance_budget: str = field(
+        default="variance",
+        metadata={
+            "help": "What the gain is spent on: 'variance' (batches as large as ever, less gradient noise), "
+            "'constant_variance' (as much noise as ever, smaller batches, so less compute at equal steps), or "
+            "'constant_time' (steps that cost what a uniform step costs, with less noise)."
+        },
+    )
+    variance_margin: float = field(
+        default=1.1,
+        metadata={
+            "help": "Safety margin, at least 1: 'constant_variance' keeps this many times the examples that the "
+            "measured gain asks for, and history is on only while its gain exceeds it."
+        },
+    )
+    uniform_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of every history draw that is uniform, in (0, 1]; weights stay below its inverse."},
     )
     importance_score: str = field(
         default="upper_bound",
@@ -72,6 +100,18 @@ class ImportanceArguments:
 
     def __post_init__(self) -> None:
         """Check every value first (it needs no device), then let the next class in line do the same."""
+        _check_choice("importance_method", self.importance_method, METHODS)
+        _check_choice("importance_budget", self.importance_budget, BUDGETS)
+        if not (math.isfinite(self.variance_margin) and self.variance_margin >= 1):
+            raise ValueError(
+                f"variance_margin must be a finite number of at least 1, but it is {self.variance_margin}. It is how "
+                "many times the examples are kept that the measured gain asks for; 1.1 is the default."
+            )
+        if not 0 < self.uniform_share <= 1:
+            raise ValueError(
+                f"uniform_share must lie in (0, 1], but it is {self.uniform_share}. It is the share of every draw "
+                "that is uniform, so that no weight passes its inverse; 0.1 is the default."
+            )
         _check_choice("importance_score", self.importance_score, SCORES)
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("resampling", self.resampling, get_args(Resampling))
