@@ -30,6 +30,9 @@ from hf_importance.calibration import CHUNK, Calibration, calibrate
 
 # Pairs that a calibration is estimated from, at most; 2 MB. More would not sharpen 32 bins.
 PAIRS = 1 << 18
+# Passes that an epoch's visits may be split into, and the share of the gain that must not be lost by too few of them.
+PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+KEPT_GAIN = 0.97
 SMALLEST_FRACTION = 1 / 16  # of the uniform batch; below, a step's own noise estimate means little
 
 
@@ -162,7 +165,7 @@ class History:
         self.scores = torch.full((self.examples,), torch.nan)
         self.seen = torch.zeros(self.examples, dtype=torch.int32)
         # A ring: row k % len(ring) holds the k-th pair (remembered, found).
-        self._pairs = torch.full((min(PAIRS, self.examples), 2), torch.nan)
+        self._pairs = torch.full((min(PAIRS, max(self.examples, 1024)), 2), torch.nan)
         self._paired = 0
         self._counts = torch.empty(0)
         self._relative = torch.empty(0)
@@ -217,6 +220,29 @@ class History:
         if self.calibration is None:
             return torch.ones(len(index))
         return (1 / self._relative[self.calibration.bins(self.scores[index])]).float()
+
+    def promised_gain(self, fraction: float) -> float:
+        """Give the gain that the calibration promises a pass that visits this share of the examples, in (0, 1].
+
+        The longer the pass, the more examples are certain to be in it, and no example is in it twice: a pass over
+        everything is uniform sampling, with a gain of 1.
+        """
+        assert self.calibration is not None
+        moments = self._counts * self.calibration.levels.square()
+        if not float(moments.sum()) > 0:
+            return 1.0
+        size = max(round(fraction * self.examples), 1)
+        weights = size / self.examples / bin_inclusion(self._relative, self._counts, size)
+        return float(moments.sum() / (moments * weights).sum())
+
+    def passes_for(self, fraction: float) -> int:
+        """Give into how many passes the visits of ``fraction * N`` examples are split.
+
+        The fewest that keep nearly all of the gain: a hard example then comes several times while an easy one comes
+        once, or not at all.
+        """
+        best = self.promised_gain(fraction / PASSES[-1])
+        return next(n for n in PASSES if self.promised_gain(fraction / n) >= KEPT_GAIN * best or n == PASSES[-1])
 
     # ---- Draw ----
 

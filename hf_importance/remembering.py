@@ -3,8 +3,8 @@
 Decisions fall at a few points of an epoch, from figures that all ranks share, so that all decide the same:
 
 - while off, ten times an epoch: the table is brought up to date, calibrated anew, and the gain to be expected is known
-- while on, where a pass ends; a pass ends with the epoch at the latest, so the Trainer's own loader, which nobody
-  reads while a pass runs, is never left behind
+- while on, where a pass ends: the next one is drawn. It goes off only where an epoch begins, since nobody reads the
+  Trainer's own loader while passes run
 """
 
 from __future__ import annotations
@@ -96,24 +96,28 @@ class Remembering:
         history.refit()
         gain = history.averages.gain
         known = history.calibration is not None and history.averages.count >= FEWEST_EXAMPLES
-        return known and gain > (margin if active else margin * HYSTERESIS) and self._begin_pass(gain)
-
-    def _begin_pass(self, gain: float) -> bool:
-        """Draw a pass of the length that the budget asks for, unless it would visit all examples anyway."""
-        updates = max(self.updates - self._position, 1)
-        batch_size = float(self.batch_size)
-        if self.settings.importance_budget == "constant_variance":
-            fraction = max(self.settings.variance_margin / gain, SMALLEST_FRACTION)
-            batch_size = max(batch_size * fraction, 1.0)
-        else:
-            # As many passes an epoch as the gain is worth: visiting all examples once would be uniform again.
-            passes = max(round(updates / self.updates * max(math.ceil(gain), 2)), 1)
-            updates = math.ceil(updates / passes)
-        length = min(updates * self.accumulation, max(self.micro_batches - self._position * self.accumulation, 1))
-        if math.floor(length * batch_size) * self.ranks >= self.history.examples:
+        if active and self._position > 0:  # in an epoch whose own batches nobody has read
+            self._begin_pass(gain)
+            return True
+        if not (known and gain > (margin if active else margin * HYSTERESIS)):
             return False
-        self.history.begin_pass(batch_size, length, self.ranks)
+        self._begin_pass(gain)
         return True
+
+    def _begin_pass(self, gain: float) -> None:
+        """Draw a pass with batches as large as the budget asks for."""
+        fraction = 1.0
+        if self.settings.importance_budget == "constant_variance":
+            fraction = min(max(self.settings.variance_margin / gain, SMALLEST_FRACTION, 1 / self.batch_size), 1.0)
+        left = max(self.updates - self._position, 1)
+        # A pass over all examples would be uniform.
+        passes = max(self.history.passes_for(fraction), 2 if fraction == 1 else 1)
+        updates = math.ceil(left / max(round(left / self.updates * passes), 1))
+        length = min(updates * self.accumulation, max(self.micro_batches - self._position * self.accumulation, 1))
+        batch_size = self.batch_size * fraction
+        # Where batches are padded to be even over ranks there are more places than examples.
+        length = min(length, math.floor(self.history.examples / (batch_size * self.ranks)))
+        self.history.begin_pass(batch_size, length, self.ranks)
 
     # ---- Batches ----
 

@@ -216,3 +216,13 @@ def test_a_pass_longer_than_the_data_or_of_unknown_scores_is_refused():
         filled().begin_pass(1.0, 4001, 1)
     with pytest.raises(ValueError, match="cannot be drawn"):
         History(100, 0, 0.1).begin_pass(1.0, 10, 1)
+
+
+def test_a_pass_over_everything_gains_nothing_and_short_ones_gain_all():
+    history = filled(spread=1.5)
+    gains = [history.promised_gain(fraction) for fraction in (1.0, 0.5, 0.1, 0.01)]
+    assert gains[0] == pytest.approx(1)
+    assert gains == sorted(gains)
+    passes = history.passes_for(1.0)
+    assert passes > 2
+    assert history.promised_gain(1 / passes) > 0.97 * gains[-1] > history.promised_gain(1.0)
