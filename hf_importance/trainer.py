@@ -320,11 +320,14 @@ class ImportanceMixin(WeightedLossMixin):
         following = self._batch_norm if settings.batch_norm in ("batch", "weighted", "running") else []
         if self._weighted_batch_norm is not None:
             self._weighted_batch_norm.weights = None
+        # DeepSpeed's engine, so that ZeRO-3 gathers the parameters; FSDP's module is self.model itself. DDP's wrapper
+        # would only synchronise buffers once more.
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         for pool in pools:
             with follow_pool(following, self._sum_tensor_over_ranks):
                 scores.append(
                     score_pool(
-                        self.model,
+                        model,
                         pool,
                         self._head,
                         settings.importance_score,
