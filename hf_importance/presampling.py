@@ -85,6 +85,7 @@ def score_pool(
     function: Callable[[Any, Tensor], Tensor] | None,
     batch_size: int | None,
     sliced: SlicedHead | None = None,
+    passes: int = 0,
 ) -> Tensor:
     """Score all examples of a pool, without dropout, without gradients, and without moving BatchNorm's statistics.
 
@@ -96,6 +97,8 @@ def score_pool(
         function: The user's score, which takes the place of ``kind``.
         batch_size: Examples in one forward pass; None: the batches as they came.
         sliced: Scores a language model without all its logits, if given.
+        passes: Forward passes to make at least. What is missing is made up for with the last batch again: a model
+            that is sharded over ranks waits in each pass for all of them.
 
     Returns:
         Shape ``(B,)``, float32, in the order of the pool, on the model's device.
@@ -112,6 +115,8 @@ def score_pool(
                 if result is None:
                     result = score_outputs(model(**head.model_inputs(batch)), batch, head, kind, function)
                 found.append(counted(result, batch))
+            for _ in range(passes - len(found)):
+                model(**head.model_inputs(batch))
             return torch.cat(found)
 
 

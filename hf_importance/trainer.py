@@ -47,6 +47,7 @@ from hf_importance.checkpoint import (
     saved_state,
 )
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
+from hf_importance.lockstep import Lockstep
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
 from hf_importance.remembering import Remembering
 from hf_importance.reporting import PREFIX, Report, Totals
@@ -101,6 +102,7 @@ class ImportanceMixin(WeightedLossMixin):
         self._report = Report(self._sum_over_ranks)
         self._reserve: Reserve | None = None
         self._reserve_start = 0
+        self._lockstep: Lockstep | None = None
         self._remembering: Remembering | None = None
         self._resumed_history: dict[str, Any] | None = None
         # What the last step left on the device, of each micro-batch: scores, indices of the examples, item count.
@@ -202,6 +204,7 @@ class ImportanceMixin(WeightedLossMixin):
         self._step_items = None
         if self._sampling:
             self._follow_state()
+            epoch_iterator = self._in_step(epoch_iterator, num_batches)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -283,6 +286,14 @@ class ImportanceMixin(WeightedLossMixin):
 
     # ---- Presampling ----
 
+    def _in_step(self, epoch_iterator: Iterator, num_batches: int) -> Iterator:
+        """Give the iterator, ended where it ends on another rank."""
+        if self._ranks == 1:
+            return epoch_iterator
+        if self._lockstep is None:
+            self._lockstep = Lockstep(self.callback_handler.train_dataloader, self.accelerator)
+        return self._lockstep.take(epoch_iterator, num_batches)
+
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
         """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
         started = time.perf_counter()
@@ -320,17 +331,21 @@ class ImportanceMixin(WeightedLossMixin):
         following = self._batch_norm if settings.batch_norm in ("batch", "weighted", "running") else []
         if self._weighted_batch_norm is not None:
             self._weighted_batch_norm.weights = None
+        # DeepSpeed's engine, so that ZeRO-3 gathers the parameters; FSDP's module is self.model itself. DDP's wrapper
+        # would only synchronise buffers once more.
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         for pool in pools:
             with follow_pool(following, self._sum_tensor_over_ranks):
                 scores.append(
                     score_pool(
-                        self.model,
+                        model,
                         pool,
                         self._head,
                         settings.importance_score,
                         self.compute_score_func,
                         settings.scoring_batch_size,
                         self._sliced_head,
+                        self._passes,
                     )
                 )
             items += [self._loss_scale.items(batch) for batch in pool.batches]
@@ -339,6 +354,16 @@ class ImportanceMixin(WeightedLossMixin):
         sizes = [len(pool) for pool in pools]
         all_scores, all_items = on_host.split([sum(sizes), len(items)])
         return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
+
+    @property
+    def _passes(self) -> int:
+        """Forward passes that scoring a pool takes on every rank, where one may find fewer batches than another."""
+        sharded = self._ranks > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (sharded and isinstance(self._train_loader.dataset, IterableDataset)):
+            return 0
+        size = self._train_batch_size
+        batch_size = self.importance_args.scoring_batch_size or size
+        return math.ceil(size * (1 + len(self._reserve_sizes)) / batch_size)
 
     def _keep_scores(self, outputs: Any, batch: dict[str, Any], index: Tensor | None) -> None:
         """Keep, on the device, what the logits of a training pass say."""
@@ -471,11 +496,14 @@ class ImportanceMixin(WeightedLossMixin):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    @property
+    def _reserve_sizes(self) -> list[int]:
+        size = self._train_batch_size
+        return split_evenly(math.ceil(size * self.importance_args.presample_ratio) - size, size)
+
     def _reserve_batches(self, epoch_iterator: Iterator) -> Iterator[Any]:
         """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
-        size = self._train_batch_size
-        sizes = split_evenly(math.ceil(size * self.importance_args.presample_ratio) - size, size)
-        loader = self._train_loader
+        sizes, loader = self._reserve_sizes, self._train_loader
         if isinstance(loader.dataset, IterableDataset):
             for _, batch in zip(sizes, epoch_iterator, strict=False):
                 yield batch
