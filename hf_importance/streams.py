@@ -70,13 +70,14 @@ class Stream:
 
     def _reopened(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """Give the stream from the place on at which the checkpoint was written."""
-        missing = self.drawn - self._skipped
-        # Less was read than the Trainer skips where a run before this one had ignore_data_skip: it stays skipped.
-        self.drawn = max(self.drawn, self._skipped)
         if self._ahead:
             # The Trainer counts its epochs by steps and is behind: read this pass with an iterator of our own.
             self._set_epoch()
             epoch_iterator, missing = iter(self._loader), self.drawn
+        else:
+            missing = self.drawn - self._skipped
+            # Less was read than the Trainer skips where a run before this one had ignore_data_skip.
+            self.drawn = max(self.drawn, self._skipped)
         if missing > 0:
             with isolated_rng(0):  # what is thrown away must not use up the random numbers of what follows
                 deque(itertools.islice(epoch_iterator, missing), maxlen=0)
