@@ -30,10 +30,10 @@ def scores_by_step(on_from, off_from):
     return make
 
 
-def build(tmp_path, data, make_score=None, kind=ImportanceTrainer, eval_dataset=None, **overrides):
+def build(tmp_path, data, make_score=None, kind=ImportanceTrainer, eval_dataset=None, dropout=0.1, **overrides):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "logging_steps": 1}
     args = toys.always_on(tmp_path, **{**settings, **overrides})
-    trainer = kind(model=toys.bert(dropout=0.1), args=args, train_dataset=data, eval_dataset=eval_dataset)
+    trainer = kind(model=toys.bert(dropout), args=args, train_dataset=data, eval_dataset=eval_dataset)
     if make_score is not None:
         trainer.compute_score_func = make_score(trainer)
     return trainer

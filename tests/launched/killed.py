@@ -6,7 +6,8 @@ after every restart: it resumed from the newest whole checkpoint, where "whole" 
 run that was never killed wrote at that step. Told at the end: the parameters are equal to the bit.
 
     python tests/launched/killed.py --kills 50 --ranks 1 --seed 0
-    python tests/launched/killed.py --ranks 2 --one-rank      # kill one of two ranks, and time the other's end
+    python tests/launched/killed.py --kills 5 --signal SIGINT --while scoring
+    python tests/launched/killed.py --kills 0 --one-rank 6      # kill one of two ranks, and time the other's end
 
 The processes are forked from this one, which has imported everything and computed nothing, so that a restart costs
 no import. Ranks find each other by the environment that ``torchrun`` sets.
@@ -87,7 +88,7 @@ def build(folder, ranks, keep):
     return trainer
 
 
-def child(folder, ranks, rank, port, shared, keep):
+def child(folder, ranks, rank, port, shared, keep, resume):
     """Train to the end, in a process of its own; never returns."""
     status = 1
     try:
@@ -100,11 +101,10 @@ def child(folder, ranks, rank, port, shared, keep):
         trainer = build(folder, ranks, keep)
         trainer.shared = shared
         assert trainer.args.world_size == ranks
-        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+        trainer.train(resume_from_checkpoint=resume)
         trainer.doing("ended")
         if rank == 0:
             torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "end.pt")
-            (folder / "switches.json").write_text(json.dumps(trainer._switch.switches))
         if ranks > 1:
             dist.destroy_process_group()
         status = 0
@@ -114,7 +114,7 @@ def child(folder, ranks, rank, port, shared, keep):
         os._exit(status)
 
 
-def start(folder, ranks, keep=3):
+def start(folder, ranks, keep=3, resume=False):
     """Give the process ids of all ranks, and the memory in which each says what it does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def start(folder, ranks, keep=3):
         shared = mmap.mmap(-1, 2)
         pid = os.fork()
         if pid == 0:
-            child(folder, ranks, rank, port, shared, keep)
+            child(folder, ranks, rank, port, shared, keep, resume)
         pids.append(pid)
         memory.append(shared)
     return pids, memory
@@ -145,9 +145,10 @@ def wait(pids, seconds, memory=None):
     return ended
 
 
-def kill(pids):
+def kill(pids, number=signal.SIGKILL):
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
+    for pid in pids:
         os.waitpid(pid, 0)
 
 
@@ -186,7 +187,12 @@ def uninterrupted(folder, ranks):
     return time.monotonic() - began
 
 
-def kill_again_and_again(root, ranks, kills, random_moment):
+def last_state(folder):
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
+
+
+def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKILL, phase=None):
     reference = root / "reference"
     reference.mkdir(parents=True)
     seconds = uninterrupted(reference, ranks)
@@ -199,14 +205,16 @@ def kill_again_and_again(root, ranks, kills, random_moment):
         while set(ended.values()) != {0}:
             expected = newest_whole(folder, reference)
             half_written += any(int(path.name.split("-")[1]) > expected for path in folder.glob("checkpoint-*"))
-            pids, memory = start(folder, ranks)
+            pids, memory = start(folder, ranks, resume=expected > 0)
             # One in ten before its first step, perhaps.
             counted_from_first_step = memory if random_moment.random() < 0.9 else None
             moment = random_moment.uniform(0, 0.5) * seconds if killed < kills else 200
             ended = wait(pids, moment, counted_from_first_step)
+            while len(ended) < ranks and phase is not None and PHASES[memory[0][0]] not in (phase, "ended"):
+                ended.update(wait([pid for pid in pids if pid not in ended], 0.001))
             if len(ended) < ranks:
                 tally[PHASES[memory[0][0]]] += 1
-                kill([pid for pid in pids if pid not in ended])
+                kill([pid for pid in pids if pid not in ended], number)
                 killed += 1
                 if memory[0][0] != PHASES.index("starting") and memory[0][1] != expected:
                     raise SystemExit(f"resumed from step {memory[0][1]}, not {expected}, the newest whole checkpoint")
@@ -215,12 +223,18 @@ def kill_again_and_again(root, ranks, kills, random_moment):
         one, other = (torch.load(at / "end.pt") for at in (folder, reference))
         if not all(torch.equal(one[name], other[name]) for name in other):
             raise SystemExit(f"{folder} ended with other parameters")
-        if json.loads((folder / "switches.json").read_text()) != json.loads((reference / "switches.json").read_text()):
-            raise SystemExit(f"{folder} switched another number of times")
+        if last_state(folder) != last_state(reference):
+            raise SystemExit(f"{folder} ended with another state of importance sampling")
         shutil.rmtree(folder)
-    found = {"ranks": ranks, "kills": killed, "runs": runs, "killed_while": dict(tally), "half_written": half_written}
-    switches = json.loads((reference / "switches.json").read_text())
-    return {**found, "switches_a_run": switches, "seconds_a_run": round(seconds, 1)}
+    found = {
+        "signal": number.name,
+        "ranks": ranks,
+        "kills": killed,
+        "runs": runs,
+        "killed_while": dict(tally),
+        "half_written": half_written,
+    }
+    return {**found, "switches_a_run": last_state(reference)["switch"]["switches"], "seconds_a_run": round(seconds, 1)}
 
 
 def kill_one_rank(root, trials, random_moment):
@@ -251,13 +265,17 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"])
+    parser.add_argument("--while", dest="phase", choices=PHASES, help="wait until it does this")
     parser.add_argument("--one-rank", type=int, default=0, metavar="TRIALS")
     given = parser.parse_args()
     torch.set_num_threads(1)
     moments = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as root:
         if given.kills:
-            print(json.dumps(kill_again_and_again(Path(root), given.ranks, given.kills, moments)), flush=True)
+            number = signal.Signals[given.signal]
+            found = kill_again_and_again(Path(root), given.ranks, given.kills, moments, number, given.phase)
+            print(json.dumps(found), flush=True)
         if given.one_rank:
             print(json.dumps(kill_one_rank(Path(root), given.one_rank, moments)), flush=True)
 
