@@ -153,23 +153,27 @@ def kill(pids, number=signal.SIGKILL):
 
 
 def is_whole(folder, reference):
-    """Compare a checkpoint, file by file, with that of the run that was never killed."""
-    step = folder.name
+    return not different(folder, reference)
+
+
+def different(folder, reference):
+    """Compare a checkpoint, file by file, with that of the run that was never killed; give what differs."""
+    original = reference / folder.name
     try:
-        state, expected = (
-            json.loads((at / step / "trainer_state.json").read_text()) for at in (folder.parent, reference)
-        )
-    except (OSError, ValueError):
-        return False
+        state, expected = (json.loads((at / "trainer_state.json").read_text()) for at in (folder, original))
+    except (OSError, ValueError) as error:
+        return str(error)
     if state["global_step"] != expected["global_step"]:
-        return False
-    names = {file.name for file in (reference / step).iterdir()}
-    if names != {file.name for file in folder.iterdir()}:
-        return False
-    model, other = (load_file(at / step / "model.safetensors") for at in (folder.parent, reference))
-    sizes = all((folder / name).stat().st_size == (reference / step / name).stat().st_size
-                for name in names - {"trainer_state.json"})  # fmt: skip
-    return sizes and all(torch.equal(model[name], other[name]) for name in other)
+        return "global_step"
+    for file in original.iterdir():
+        if not (folder / file.name).exists():
+            return f"{file.name} is missing"
+        if file.name in ("trainer_state.json", "training_args.bin"):  # times, and the folder's name
+            continue
+        if (folder / file.name).stat().st_size != file.stat().st_size:
+            return f"{file.name} has another size"
+    model, other = (load_file(at / "model.safetensors") for at in (folder, original))
+    return next((name for name in other if not torch.equal(model[name], other[name])), None)
 
 
 def newest_whole(folder, reference):
@@ -217,7 +221,8 @@ def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKIL
                 kill([pid for pid in pids if pid not in ended], number)
                 killed += 1
                 if memory[0][0] != PHASES.index("starting") and memory[0][1] != expected:
-                    raise SystemExit(f"resumed from step {memory[0][1]}, not {expected}, the newest whole checkpoint")
+                    why = different(folder / f"checkpoint-{memory[0][1]}", reference)
+                    raise SystemExit(f"resumed from step {memory[0][1]}, not {expected}: the former differs in {why}")
             elif set(ended.values()) != {0}:
                 raise SystemExit(f"it failed: {Path(f'{folder}.0.log').read_text()[-3000:]}")
         one, other = (torch.load(at / "end.pt") for at in (folder, reference))
