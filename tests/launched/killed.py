@@ -152,10 +152,6 @@ def kill(pids, number=signal.SIGKILL):
         os.waitpid(pid, 0)
 
 
-def is_whole(folder, reference):
-    return not different(folder, reference)
-
-
 def different(folder, reference):
     """Compare a checkpoint, file by file, with that of the run that was never killed; give what differs."""
     original = reference / folder.name
@@ -177,8 +173,13 @@ def different(folder, reference):
 
 
 def newest_whole(folder, reference):
-    steps = (int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-    return next((s for s in sorted(steps, reverse=True) if is_whole(folder / f"checkpoint-{s}", reference)), 0)
+    """Give the step of the newest checkpoint that is, and what is wrong with each newer one."""
+    wrong = {}
+    for step in sorted((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), reverse=True):
+        wrong[step] = different(folder / f"checkpoint-{step}", reference)
+        if wrong[step] is None:
+            return step, wrong
+    return 0, wrong
 
 
 def uninterrupted(folder, ranks):
@@ -207,8 +208,8 @@ def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKIL
         runs += 1
         ended = {}
         while set(ended.values()) != {0}:
-            expected = newest_whole(folder, reference)
-            half_written += any(int(path.name.split("-")[1]) > expected for path in folder.glob("checkpoint-*"))
+            expected, wrong = newest_whole(folder, reference)
+            half_written += any(step > expected for step in wrong)
             pids, memory = start(folder, ranks, resume=expected > 0)
             # One in ten before its first step, perhaps.
             counted_from_first_step = memory if random_moment.random() < 0.9 else None
@@ -221,8 +222,7 @@ def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKIL
                 kill([pid for pid in pids if pid not in ended], number)
                 killed += 1
                 if memory[0][0] != PHASES.index("starting") and memory[0][1] != expected:
-                    why = different(folder / f"checkpoint-{memory[0][1]}", reference)
-                    raise SystemExit(f"resumed from step {memory[0][1]}, not {expected}: the former differs in {why}")
+                    raise SystemExit(f"resumed from step {memory[0][1]}, not {expected}: {wrong}")
             elif set(ended.values()) != {0}:
                 raise SystemExit(f"it failed: {Path(f'{folder}.0.log').read_text()[-3000:]}")
         one, other = (torch.load(at / "end.pt") for at in (folder, reference))
