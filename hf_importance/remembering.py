@@ -66,6 +66,29 @@ class Remembering:
         # Examples and weights of the micro-batches handed out in this step.
         self.handed: list[tuple[Tensor, Tensor]] = []
 
+    def resume(self, state: dict[str, Any], tensors: dict[str, Tensor], as_saved: bool) -> None:
+        """Take up a checkpoint's history.
+
+        Args:
+            state: What ``History.state_dict`` gave.
+            tensors: What ``History.tensors`` gave.
+            as_saved: Whether the settings are those that it was saved with. Else the pass in progress is given up,
+                since its micro-batches were made for other ranks or sizes; the table stays.
+
+        Raises:
+            ValueError: The table is of a dataset of another length.
+        """
+        saved, current = len(tensors["scores"]), self.history.examples
+        if saved != current:
+            raise ValueError(
+                f"The checkpoint remembers scores of {saved} examples, and train_dataset has {current}: they would be "
+                "credited to the wrong ones. Resume with the dataset that the run began with, or with "
+                "importance_method='presample'."
+            )
+        self.history.load(state, tensors)
+        if not as_saved:
+            self.history.current = None
+
     # ---- Where the run stands ----
 
     def begin_step(self, epoch_iterator: Any, position: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class Report:
         self._sum_over_ranks = sum_over_ranks
         self.totals = Totals()
         self._unsynced = Totals()
+        self.mark()
         self._restart()
 
     def _restart(self) -> None:
@@ -83,11 +84,21 @@ class Report:
 
     def sync(self) -> None:
         """Add what was counted since the last time, on every rank, to :attr:`totals`. All ranks must call it."""
-        names = [field.name for field in fields(Totals)]
-        increments = self._sum_over_ranks([getattr(self._unsynced, name) for name in names])
-        for name, increment in zip(names, increments, strict=True):
-            setattr(self.totals, name, getattr(self.totals, name) + int(increment))
+        self.totals = self._with_all_ranks(self.totals, self._unsynced)
         self._unsynced = Totals()
+
+    def mark(self) -> None:
+        """Remember the counts as they stand now."""
+        self._marked = self.totals, replace(self._unsynced)
+
+    def marked(self) -> Totals:
+        """Give the counts over all ranks as they stood at the last :meth:`mark`. All ranks must call it."""
+        return self._with_all_ranks(*self._marked)
+
+    def _with_all_ranks(self, totals: Totals, unsynced: Totals) -> Totals:
+        names = [field.name for field in fields(Totals)]
+        increments = self._sum_over_ranks([getattr(unsynced, name) for name in names])
+        return Totals(**{n: getattr(totals, n) + int(i) for n, i in zip(names, increments, strict=True)})
 
     def drain(self, switch: Switch, method: dict[str, float]) -> dict[str, float]:
         """Give the log entries since the last call and start anew. All ranks must call it.
