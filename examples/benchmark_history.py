@@ -86,7 +86,7 @@ def main() -> None:
         f"{count:,} examples, batches of {batch}, {settings.passes} passes an epoch, {torch.get_num_threads()} threads"
     )
     print(
-        f"training over all of them once   {epoch:8.1f} s   ({sum(p.numel() for p in model.parameters()):,} parameters)"
+        f"training over all of them once   {epoch:8.1f} s   ({sum(p.numel() for p in model.parameters())} parameters)"
     )
     print(f"drawing all passes of an epoch   {draws:8.2f} s   {draws / epoch:.2%}   {timed['draw']}")
     print(f"keeping the table                {upkeep * count / batch:8.2f} s   {upkeep / a_step:.2%}")

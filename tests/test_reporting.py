@@ -24,6 +24,7 @@ KEYS = {
     "scoring_time_share",
     "examples_scored",
     "examples_trained",
+    "examples_uniform",
     "examples_distinct",
     "nonfinite_steps",
 }
@@ -78,17 +79,19 @@ def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
     report.uniform_batch(4)
     report.step(True)
     report.scored(12, 0.0)
-    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1)
-    first = report.drain(switch)
+    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1, uniform=3)
+    first = report.drain(switch, {"gain": 1.5})
     assert first["importance/active_share"] == 0.5
     assert first["importance/max_weight"] == 3
     assert first["importance/effective_sample_size"] == pytest.approx((4 + 1.6) / 2)
     assert first["importance/examples_trained"] == 2 * 6
+    assert first["importance/examples_uniform"] == 2 * 7
+    assert first["importance/gain"] == 1.5
     assert first["importance/examples_distinct"] == 2 * 5
     assert first["importance/examples_scored"] == 2 * 12
     report.step(False)
     report.uniform_batch(4)
-    second = report.drain(switch)
+    second = report.drain(switch, {})
     assert second["importance/active_share"] == 0
     assert second["importance/max_weight"] == 1
     assert second["importance/examples_trained"] == 2 * 10
@@ -98,6 +101,10 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
     parser = HfArgumentParser(ImportanceTrainingArguments)
     settings = {
         "importance_sampling": False,
+        "importance_method": "history",
+        "importance_budget": "constant_variance",
+        "variance_margin": 1.5,
+        "uniform_share": 0.25,
         "importance_score": "loss",
         "presample_ratio": 4.5,
         "resampling": "multinomial",
