@@ -64,7 +64,8 @@ def main() -> None:
 
     # Filled without training, a chunk at a time; then once more for pairs to calibrate by.
     for _ in range(2):
-        for index in torch.arange(count).split(1 << 18):
+        for start in range(0, count, 1 << 18):
+            index = torch.arange(start, min(start + (1 << 18), count))
             scores = torch.randn(len(index), generator=random).exp()
             history.record(index, scores, torch.zeros(len(index), dtype=torch.int32))
     length = count // settings.passes // batch
