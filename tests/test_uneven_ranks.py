@@ -3,6 +3,8 @@
 import pytest
 from launchers import attempt, configured, results
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "uneven.py"
 SECONDS = 120  # a hang is a failure
 
@@ -11,7 +13,6 @@ def start(wrapper, folder, case, phase):
     return attempt(configured("ddp"), SCRIPT, wrapper, folder, case, phase, seconds=SECONDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["off", "on"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("case", "steps"), [("stream", 12), ("accumulated stream", 8), ("dropped", 6)])
@@ -24,7 +25,6 @@ def test_all_ranks_take_the_same_steps(tmp_path, wrapper, case, steps, phase):
     assert results(tmp_path, 2)[case] == [{"world": 2, "steps": steps, "kind": kind}] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["off", "on"])
 def test_a_rank_without_data_ends_the_run(tmp_path, phase):
     found = start("ddp", tmp_path, "an empty shard", phase)
