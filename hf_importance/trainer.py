@@ -277,9 +277,10 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
+            given = epoch_iterator
             if self._stream is not None:
                 epoch_iterator = self._stream.follow(epoch_iterator)
-            epoch_iterator = self._in_step(epoch_iterator, num_batches)
+            epoch_iterator = self._in_step(epoch_iterator, num_batches, given)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -368,13 +369,13 @@ class ImportanceMixin(WeightedLossMixin):
 
     # ---- Presampling ----
 
-    def _in_step(self, epoch_iterator: Iterator, num_batches: int) -> Iterator:
-        """Give the iterator, ended where it ends on another rank."""
+    def _in_step(self, epoch_iterator: Iterator, num_batches: int, epoch: object) -> Iterator:
+        """Give the iterator, ended where it ends on another rank in this epoch."""
         if self._ranks == 1:
             return epoch_iterator
         if self._lockstep is None:
             self._lockstep = Lockstep(self.callback_handler.train_dataloader, self.accelerator)
-        return self._lockstep.take(epoch_iterator, num_batches)
+        return self._lockstep.take(epoch_iterator, num_batches, epoch)
 
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
         """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
