@@ -67,8 +67,8 @@ logger = logging.getLogger(__name__)
 class ImportanceMixin(WeightedLossMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``, ``log`` and ``save_model``, each of
-    them around ``super()``; copies nothing and patches nothing.
+    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``, ``log`` and
+    ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
 
     Args:
         *args: As ``Trainer`` takes them. ``args`` may be an :class:`ImportanceTrainingArguments` or any
@@ -126,6 +126,8 @@ class ImportanceMixin(WeightedLossMixin):
             return
         self._seen_state = self.state
         self._begin_importance()
+        if not hasattr(self, "_train_loader"):  # a subclass makes its own loader without asking for ours
+            self._train_loader = self.callback_handler.train_dataloader
         saved = self._state_to_resume() if self.state.global_step > 0 else None
         if saved is not None:
             self._switch.load_state_dict(saved["switch"])
