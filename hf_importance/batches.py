@@ -100,13 +100,19 @@ class ReserveDataset(Dataset):
 class Reserve:
     """Endless iterator over the batches of a :class:`ReserveDataset`, loaded as the Trainer's own loader does.
 
+    Args:
+        dataset: The batches.
+        like: The Trainer's loader.
+        position: Where to begin.
+        batches_ahead: How many reserve batches workers load ahead for each batch that the Trainer's do.
+
     Attributes:
         position: How many batches were handed out since the start of training.
     """
 
-    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int) -> None:
+    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int, batches_ahead: int = 1) -> None:
         self.position = position
-        workers = {"prefetch_factor": like.prefetch_factor} if like.num_workers else {}
+        workers = {"prefetch_factor": like.prefetch_factor * batches_ahead} if like.num_workers else {}
         loader = DataLoader(
             dataset,
             sampler=itertools.count(position),  # pyright: ignore[reportArgumentType]
@@ -211,6 +217,46 @@ def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
     return padded
 
 
+# Entries of a batch of text that have one column a token.
+TOKEN_ENTRIES = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels", "shift_labels"}
+)
+
+
+def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[Any] | None:
+    """Put texts of alike length into one batch each and cut the padding that this saves.
+
+    Args:
+        batches: Batches on the CPU, so that looking at their lengths waits for no device.
+        size: Rows of a new batch, at most.
+        padding: How the batches were padded.
+
+    Returns:
+        The new batches, all rows in order of their length; None where nothing is known to be saved: no attention
+        mask, padding on the left (cutting it would move positions), or entries whose columns may mean something else.
+    """
+    mask = batches[0].get("attention_mask") if isinstance(batches[0], Mapping) else None
+    if mask is None or mask.dim() != 2 or mask.device.type != "cpu" or padding.side != "right":
+        return None
+    if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batches[0].items()):
+        return None
+    merged = merge_rows(batches, [torch.arange(batch_size_of(batch)) for batch in batches], padding)
+    columns = torch.arange(1, merged["attention_mask"].shape[1] + 1)
+    lengths = (merged["attention_mask"] * columns).amax(dim=1)
+    sorted_batches = []
+    for rows in lengths.argsort(stable=True).split(split_evenly(len(lengths), size)):
+        batch, width = merge_rows([merged], [rows], padding), int(lengths[rows].max())
+        whole = len(columns)
+        cut = {n: v[:, :width] for n, v in batch.items() if _is_token_entry(n, v) and v.shape[1] == whole}
+        sorted_batches.append({**batch, **cut})
+    return sorted_batches
+
+
+def _is_token_entry(name: str, value: Any) -> bool:
+    # Several labels an example are floating point, classes of tokens are not.
+    return name in TOKEN_ENTRIES and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
 class Pool:
     """The ``B`` examples of one importance step, as the batches they came in.
 
@@ -233,8 +279,13 @@ class Pool:
         if size is None:
             yield from self.batches
             return
+        starts = dict(zip(itertools.accumulate(self.sizes, initial=0), self.batches, strict=False))
         for start in range(0, len(self), size):
-            yield self.take(torch.arange(start, min(start + size, len(self))))[0]
+            rows = min(size, len(self) - start)
+            if start in starts and batch_size_of(starts[start]) == rows:
+                yield starts[start]  # as it came, without a copy
+            else:
+                yield self.take(torch.arange(start, start + rows))[0]
 
     def take(self, index: Tensor) -> tuple[Any, Tensor]:
         """Gather examples into one batch.

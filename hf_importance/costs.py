@@ -48,7 +48,7 @@ class Plan:
 
 
 def pays_above(kappa: float, cost: float = 1.0) -> float:
-    """τ above which the same gradient noise costs less than ``cost`` uniform steps, ``1 / (sqrt(cost) - sqrt(kappa))``.
+    """τ above which equal gradient noise costs less than ``cost`` uniform steps, ``1 / (sqrt(cost) - sqrt(kappa))``.
 
     Args:
         kappa: Cost of scoring an example over that of training one, ``> 0``.
@@ -87,8 +87,8 @@ def plan(
     """Say how many examples to score and to keep in one step.
 
     Args:
-        budget: What the gain is spent on: ``"variance"`` (``n = b``, less noise), ``"constant_variance"`` (the noise of
-            a uniform step, fewer examples), or ``"constant_time"`` (the cost of a uniform step, less noise).
+        budget: What the gain is spent on: ``"variance"`` (``n = b``, less noise), ``"constant_variance"`` (the noise
+            of a uniform step, fewer examples), or ``"constant_time"`` (the cost of a uniform step, less noise).
         batch_size: ``b``, examples in a uniform step.
         tau: What drawing by score is worth, ``>= 1``.
         kappa: Cost of scoring an example over that of training one, ``> 0``.

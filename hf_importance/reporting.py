@@ -80,7 +80,7 @@ class Report:
             setattr(self.totals, name, getattr(self.totals, name) + int(increment))
         self._unsynced = Totals()
 
-    def drain(self, switch: Switch) -> dict[str, float]:
+    def drain(self, switch: Switch, kappa: float) -> dict[str, float]:
         """Give the log entries since the last call and start anew. All ranks must call it."""
         self.sync()
         elapsed = time.perf_counter() - self._started
@@ -88,6 +88,7 @@ class Report:
             "tau": switch.tau,
             "tau_threshold": switch.threshold,
             "batch_size_gain": switch.tau**2,
+            "kappa": kappa,
             "active": float(switch.active),
             "active_share": self._active_steps / max(self._steps, 1),
             "switches": switch.switches,

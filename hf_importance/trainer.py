@@ -13,6 +13,7 @@ Trainer's. While the switch is off nothing else happens, and the run is the plai
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -33,10 +34,13 @@ from hf_importance.batches import (
     ReserveDataset,
     batch_size_of,
     key_to_seed,
+    sort_by_length,
     split_evenly,
 )
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
+from hf_importance.costs import Plan, plan
+from hf_importance.kappa import KappaMeter
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
@@ -49,8 +53,8 @@ logger = logging.getLogger(__name__)
 class ImportanceMixin(WeightedLossMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``, ``log`` and ``save_model``, each of
-    them around ``super()``; copies nothing and patches nothing.
+    Overrides ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log`` and
+    ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
 
     Args:
         *args: As ``Trainer`` takes them. ``args`` may be an :class:`ImportanceTrainingArguments` or any
@@ -73,6 +77,7 @@ class ImportanceMixin(WeightedLossMixin):
         self.importance_args = given if isinstance(given, ImportanceArguments) else ImportanceArguments()
         self.compute_score_func = compute_score_func
         self._sampling = self.importance_args.importance_sampling
+        self._compiled: tuple[nn.Module, Callable[..., Any]] | None = None
         self._look_at_model()
         if self._sampling:
             check_setup(self.importance_args, self.args)
@@ -86,9 +91,11 @@ class ImportanceMixin(WeightedLossMixin):
     def _begin_importance(self) -> None:
         settings = self.importance_args
         self._switch = Switch(settings.threshold, settings.tau_momentum)
+        self._meter = KappaMeter(self.args.device)
         self._report = Report(self._sum_over_ranks)
         self._reserve: Reserve | None = None
         self._reserve_start = 0
+        self._warned_time = False
         # What the last uniform step left on the device: the scores and the item count of each micro-batch.
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._awaiting = False
@@ -112,7 +119,10 @@ class ImportanceMixin(WeightedLossMixin):
                 self._switch.load_state_dict(saved["switch"])
                 self._report.totals = Totals(**saved["totals"])
                 self._reserve_start = saved["reserve_position"]
+                self._meter.load(saved.get("kappa"))
                 self._loss_scale.over_step = saved["loss_over_step"]
+        if self.importance_args.threshold_follows_kappa:
+            self._switch.follow_costs(self._meter.kappa)
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
         self.remove_callback(ImportanceStateCallback)
         self.add_callback(self._state_callback)
@@ -124,6 +134,7 @@ class ImportanceMixin(WeightedLossMixin):
             "switch": self._switch.state_dict(),
             "totals": dataclasses.asdict(self._report.totals),
             "reserve_position": position,
+            "kappa": self._meter.kappa if self._meter.measured else None,
             "loss_over_step": self._loss_scale.over_step,
         }
 
@@ -144,7 +155,7 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
             if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
                 check_threshold(self.importance_args, self.args, self._train_batch_size)
-            check_dataset(len(data), self._train_batch_size, self.importance_args.presample_ratio)
+            check_dataset(len(data), self._train_batch_size, self.importance_args.ratio)
         self._train_loader = super().get_train_dataloader()
         return self._train_loader
 
@@ -156,6 +167,7 @@ class ImportanceMixin(WeightedLossMixin):
         Returns:
             The micro-batches, and the number of items that the step's loss is divided by.
         """
+        started = self._mark()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_items = None
         if self._head is None or not batches:
@@ -163,12 +175,14 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling:
             self._follow_state()
             self._settle()
+            self._learn_kappa()
             self._head.labels(batches[0])
             if self.state.global_step == 0:
                 check_batch(batches[0], self._train_batch_size)
             self._report.step(self._switch.active)
             if self._switch.active:
-                return self._presample(batches, epoch_iterator)
+                return self._presample(batches, epoch_iterator, started)
+            self._probe(batches, started)
             for batch in batches:
                 self._report.uniform_batch(batch_size_of(batch))
             self._awaiting = True
@@ -179,13 +193,18 @@ class ImportanceMixin(WeightedLossMixin):
             self._step_items = self._count_items(batches)
         return batches, num_items
 
-    def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
-        """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
+    def _presample(self, batches: list, epoch_iterator: Iterator, mark: Any) -> tuple[list, Tensor]:
+        """Replace each micro-batch by examples drawn by importance from itself and the reserve."""
         started = time.perf_counter()
+        planned = self._plan()
+        share = planned.kept / self._train_batch_size
         pools = []
         for batch in batches:
-            own_and_reserve = [batch, *self._reserve_batches(epoch_iterator)]
+            own_and_reserve = [batch, *self._reserve_batches(epoch_iterator, planned.pool)]
             pools.append(Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding()))
+        examples = sum(len(pool) for pool in pools)
+        self._meter.add("wait", mark, examples)
+        mark = self._mark()
         scores, items = self._score(pools)
         together = torch.cat(scores)
         finite = self._update_tau(len(together), float(together.sum()), float(together.square().sum()))
@@ -194,9 +213,11 @@ class ImportanceMixin(WeightedLossMixin):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
                 generator = torch.Generator().manual_seed(seed)
-                found = draw(pool, pool_scores, pool_items, self.importance_args.resampling, generator)
+                kept = max(round(share * pool.sizes[0]), 1)
+                method = self.importance_args.resampling
+                found = draw(pool, pool_scores, pool_items, method, generator, kept, share)
             else:
-                found = keep_own(pool, pool_items)
+                found = keep_own(pool, pool_items, share)
             self._report.weighted_batch(found.weights, found.distinct)
             drawn.append(found.batch)
             step_items += found.items
@@ -205,6 +226,7 @@ class ImportanceMixin(WeightedLossMixin):
         if self.args.average_tokens_across_devices:
             (step_items,) = self._sum_over_ranks([step_items])
         self._step_items = step_items
+        self._meter.add("score", mark, examples)
         self._report.scored(len(together), time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
 
@@ -216,23 +238,115 @@ class ImportanceMixin(WeightedLossMixin):
             self._weighted_batch_norm.weights = None
         for pool in pools:
             with follow_pool(following, self._sum_tensor_over_ranks):
-                scores.append(
-                    score_pool(
-                        self.model,
-                        pool,
-                        self._head,
-                        settings.importance_score,
-                        self.compute_score_func,
-                        settings.scoring_batch_size,
-                        self._sliced_head,
-                    )
-                )
+                scores.append(self._score_pool(pool))
             items += [self._loss_scale.items(batch) for batch in pool.batches]
         # The one wait for the device of an importance step: scores and counts come to the host together.
         on_host = torch.cat([*scores, torch.stack(items)]).cpu().double()
         sizes = [len(pool) for pool in pools]
         all_scores, all_items = on_host.split([sum(sizes), len(items)])
         return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
+
+    def _score_pool(self, pool: Pool) -> Tensor:
+        settings = self.importance_args
+        size = settings.scoring_batch_size
+        if size is None and settings.ratio is None:
+            size = self._train_batch_size  # the reserve then comes in smaller pieces
+        return score_pool(
+            self.model,
+            pool,
+            self._head,
+            settings.importance_score,
+            self.compute_score_func,
+            size,
+            self._sliced_head,
+            settings.scoring_dtype,
+            self._compiled_model(),
+        )
+
+    def _compiled_model(self) -> Callable[..., Any] | None:
+        """Give the model as ``torch_compile`` compiles it, without what wraps it for several ranks, or None.
+
+        Where running statistics follow the pool, hooks have to run, which a compiled model leaves out.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        hooked = self._batch_norm and self.importance_args.batch_norm in ("batch", "weighted", "running")
+        if not self.args.torch_compile or sharded or hooked:
+            return None
+        if self._compiled is None or self._compiled[0] is not self.model:
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            self._compiled = self.model, torch.compile(self.model, backend=backend, mode=mode)
+        return self._compiled[1]
+
+    # ---- What it costs ----
+
+    def _plan(self) -> Plan:
+        """Say how many examples the next step scores and keeps; all ranks come to the same.
+
+        It looks at κ and at the τ of earlier steps only.
+        """
+        settings, size = self.importance_args, self._train_batch_size
+        data = self._train_loader.dataset
+        streaming = isinstance(data, IterableDataset)
+        found = plan(
+            settings.importance_budget,
+            size,
+            self._switch.tau,
+            self._meter.kappa,
+            settings.ratio,
+            settings.variance_margin,
+            unit=size if streaming else self._reserve_unit,
+            largest=None if streaming else len(data),
+            # BatchNorm cannot normalise one example by itself.
+            smallest=2 if self._batch_norm else 1,
+        )
+        if settings.importance_budget == "constant_time" and found.cost > 1 + 1e-9 and not self._warned_time:
+            self._warned_time = True
+            logger.warning(
+                "Scoring %d examples takes as long as training on %.1f (kappa %.3f), so importance_budget="
+                "'constant_time' cannot be kept: %d of %d examples are trained on. Lower presample_ratio, or make it "
+                "'auto'.",
+                found.pool,
+                found.pool * self._meter.kappa,
+                self._meter.kappa,
+                found.kept,
+                size,
+            )
+        return found
+
+    def _mark(self) -> Any:
+        """Give a point in time where κ is still to be measured and steps tell something about it."""
+        wanted = self._sampling and (self.importance_args.needs_kappa or self._switch.active)
+        return self._meter.mark() if wanted else None
+
+    def _probe(self, batches: list, started: Any) -> None:
+        """While off, time the scoring of a few micro-batches where a decision waits for κ."""
+        if started is None:
+            return
+        self._meter.add("wait", started, sum(batch_size_of(batch) for batch in batches))
+        if self._meter.lacks("score"):
+            pool = Pool([self._prepare_inputs(batches[0])], self._padding())
+            mark = self._mark()
+            self._score_pool(pool)
+            self._meter.add("score", mark, len(pool))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-batch as ``Trainer`` does, and time the first few of them."""
+        mark = self._mark()
+        examples = 0 if mark is None else batch_size_of(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if mark is not None:
+            self._meter.add("train", mark, examples)
+        return loss
+
+    def _learn_kappa(self) -> None:
+        """Take κ as measured once enough was timed, the same on all ranks: one collective in a run."""
+        if not self._meter.ready:
+            return
+        presampling, training = self._sum_over_ranks(self._meter.read())
+        self._meter.settle(presampling, training)
+        if self.importance_args.threshold_follows_kappa:
+            self._switch.follow_costs(self._meter.kappa)
+        logger.info("Scoring an example takes %.3f of training on one.", self._meter.kappa)
 
     def _keep_scores(self, outputs: Any, batch: dict[str, Any]) -> None:
         """Keep, on the device, what the logits of a uniform training pass say."""
@@ -296,7 +410,7 @@ class ImportanceMixin(WeightedLossMixin):
         """Log as ``Trainer`` does, with the figures of importance sampling at every training log."""
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
-            logs.update(self._report.drain(self._switch))
+            logs.update(self._report.drain(self._switch, self._meter.kappa))
         super().log(logs, start_time)
 
     # ---- Data ----
@@ -305,20 +419,33 @@ class ImportanceMixin(WeightedLossMixin):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _reserve_batches(self, epoch_iterator: Iterator) -> Iterator[Any]:
-        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
-        size = self._train_batch_size
-        sizes = split_evenly(math.ceil(size * self.importance_args.presample_ratio) - size, size)
+    @property
+    def _reserve_unit(self) -> int:
+        """Examples in one reserve batch where the pool's size follows the cost rule: a quarter of a batch."""
+        return max(self._train_batch_size // 4, 1)
+
+    def _reserve_batches(self, epoch_iterator: Iterator, pool: int) -> list[Any]:
+        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one.
+
+        Texts that are still on the host come sorted by length.
+        """
+        settings, size = self.importance_args, self._train_batch_size
         loader = self._train_loader
         if isinstance(loader.dataset, IterableDataset):
-            for _, batch in zip(sizes, epoch_iterator, strict=False):
-                yield batch
-            return
+            return list(itertools.islice(epoch_iterator, -(-(pool - size) // size)))
+        if settings.ratio is None:
+            # Of as many reserve batches as make four batches the examples are distinct.
+            unit = self._reserve_unit
+            sizes = [unit] * max(min(4 * size, len(loader.dataset)) // unit, 1)
+            wanted, ahead = (pool - size) // unit, 8
+        else:
+            sizes = split_evenly(pool - size, size)
+            wanted = ahead = len(sizes)
         if self._reserve is None:
             source = ReserveDataset(loader.dataset, loader.collate_fn, sizes, self._data_seed, self.args.process_index)
-            self._reserve = Reserve(source, loader, self._reserve_start)
-        for _ in sizes:
-            yield next(self._reserve)
+            self._reserve = Reserve(source, loader, self._reserve_start, ahead)
+        batches = list(itertools.islice(self._reserve, wanted))
+        return sort_by_length(batches, settings.scoring_batch_size or size, self._padding()) or batches
 
     def _padding(self) -> Padding:
         # Who pads knows how: the collator's tokenizer, else the processing class or the tokenizer in it.
