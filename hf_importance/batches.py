@@ -246,15 +246,19 @@ def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[
     sorted_batches = []
     for rows in lengths.argsort(stable=True).split(split_evenly(len(lengths), size)):
         batch, width = merge_rows([merged], [rows], padding), int(lengths[rows].max())
-        whole = len(columns)
-        cut = {n: v[:, :width] for n, v in batch.items() if _is_token_entry(n, v) and v.shape[1] == whole}
-        sorted_batches.append({**batch, **cut})
+        for name, value in batch.items():
+            if _may_cut(name, value, len(columns), width):
+                batch[name] = value[:, :width].contiguous()  # some models view their inputs
+        sorted_batches.append(batch)
     return sorted_batches
 
 
-def _is_token_entry(name: str, value: Any) -> bool:
-    # Several labels an example are floating point, classes of tokens are not.
-    return name in TOKEN_ENTRIES and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+def _may_cut(name: str, value: Any, columns: int, width: int) -> bool:
+    """Say whether all that an entry holds behind column ``width`` is padding."""
+    if name not in TOKEN_ENTRIES or not isinstance(value, Tensor) or value.shape[1:] != (columns,):
+        return False
+    # Labels may be those of a decoder, or several an example, and by chance as many as the text has tokens.
+    return not name.endswith("labels") or bool((value[:, width:] == IGNORED_LABEL).all())
 
 
 class Pool:
