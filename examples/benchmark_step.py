@@ -224,7 +224,7 @@ def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         take(*Trainer.get_batch_samples(trainer, endless, 1, trainer.args.device))
 
     def importance() -> None:
-        take(*trainer._presample([next(endless)], endless, None))
+        take(*trainer._presample([next(endless)], endless))
 
     def take(batches: list, items: object) -> None:
         trainer._awaiting = False
@@ -288,7 +288,7 @@ def added_while_off(name: str, data: Rows, settings: BenchmarkArguments) -> floa
     found = []
     for _ in range(settings.rounds + 2):
         started = now()
-        trainer._keep_scores(outputs, batch)
+        trainer._keep_scores(outputs, batch, None)
         trainer._awaiting = True
         trainer._report.step(False)
         trainer._settle()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,25 @@ def isolated_rng(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def reserve_unit(batch_size: int) -> int:
+    """Give the examples in one reserve batch where a pool's size follows the cost rule: a quarter of a batch."""
+    return max(batch_size // 4, 1)
+
+
+def reserve_sizes(batch_size: int, ratio: float | None, examples: int) -> list[int]:
+    """Give the sizes of the reserve batches whose examples are distinct: those of a pool, or of four batches.
+
+    Args:
+        batch_size: ``b``.
+        ratio: ``B / b``, or None where it follows the cost rule.
+        examples: Length of the dataset.
+    """
+    if ratio is None:
+        unit = reserve_unit(batch_size)
+        return [unit] * max(min(4 * batch_size, examples) // unit, 1)
+    return split_evenly(math.ceil(batch_size * ratio) - batch_size, batch_size)
+
+
 def split_evenly(total: int, largest: int) -> list[int]:
     """Split ``total`` into the fewest parts of at most ``largest``, as even as can be.
 
@@ -54,6 +74,38 @@ def split_evenly(total: int, largest: int) -> list[int]:
     """
     parts = -(-total // largest)
     return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def fetch(dataset: Any, indices: list[int]) -> list[Any]:
+    """Give several examples, as torch's own loader does."""
+    # By the batched access where there is one: datasets.Dataset is far faster by it.
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
+
+
+def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], batches_ahead: int = 1) -> DataLoader:
+    """Give a loader of ready batches with the workers, the pinning and the prefetching of another.
+
+    Args:
+        like: The Trainer's own loader.
+        batches: Gives a collated batch for each position.
+        positions: Which batches, in order.
+        batches_ahead: How many of them workers load ahead for each batch that the other's do.
+    """
+    workers = {"prefetch_factor": like.prefetch_factor * batches_ahead} if like.num_workers else {}
+    return DataLoader(
+        batches,
+        sampler=positions,  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        num_workers=like.num_workers,
+        # torch warns where there is nothing to copy to.
+        pin_memory=like.pin_memory and torch.accelerator.is_available(),
+        multiprocessing_context=like.multiprocessing_context,
+        # The loader draws its workers' base seed from this one instead of the global one.
+        generator=torch.Generator().manual_seed(0),
+        **workers,
+    )
 
 
 class ReserveDataset(Dataset):
@@ -88,13 +140,7 @@ class ReserveDataset(Dataset):
         """Fetch and collate the batch at ``position``."""
         indices = self.indices(position)
         with isolated_rng(key_to_seed(self.seed, self.rank, position, 1)):
-            # torch's own fetcher prefers the batched access where a dataset has it; datasets.Dataset is far faster by
-            # it.
-            if hasattr(self.dataset, "__getitems__"):
-                examples = self.dataset.__getitems__(indices)
-            else:
-                examples = [self.dataset[index] for index in indices]
-            return self.collate(examples)
+            return self.collate(fetch(self.dataset, indices))
 
 
 class Reserve:
@@ -112,20 +158,7 @@ class Reserve:
 
     def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int, batches_ahead: int = 1) -> None:
         self.position = position
-        workers = {"prefetch_factor": like.prefetch_factor * batches_ahead} if like.num_workers else {}
-        loader = DataLoader(
-            dataset,
-            sampler=itertools.count(position),  # pyright: ignore[reportArgumentType]
-            batch_size=None,
-            num_workers=like.num_workers,
-            pin_memory=like.pin_memory
-            and torch.accelerator.is_available(),  # torch warns where there is nothing to copy to
-            multiprocessing_context=like.multiprocessing_context,
-            # The loader draws its workers' base seed from this one instead of the global one.
-            generator=torch.Generator().manual_seed(0),
-            **workers,
-        )
-        self._batches = iter(loader)
+        self._batches = iter(loader_like(like, dataset, itertools.count(position), batches_ahead))
 
     def __iter__(self) -> Reserve:
         """Give itself."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from hf_importance.batches import batch_size_of
 from hf_importance.heads import KNOWN_TASKS
@@ -49,10 +53,43 @@ def check_dataset(examples: int, batch_size: int, presample_ratio: float | None)
         )
 
 
-def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
-    """Refuse what could not work: several GPUs in one process, and a threshold that τ can never pass.
+def check_history(dataset: Any, args: TrainingArguments) -> None:
+    """Refuse what scores cannot be remembered for.
 
-    A *derived* threshold with that fate only warns: swapping two words must always train.
+    Raises:
+        ValueError: The dataset is a stream or has no length, or the Trainer is to choose the order by lengths.
+    """
+    if dataset is None:
+        raise ValueError("Trainer: training requires a train_dataset.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"importance_method='history' remembers a score for each example, so train_dataset must be map-style "
+            f"(__len__ and __getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for "
+            "a stream, or load the dataset without streaming."
+        )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"importance_method='history' draws its own order, and train_sampling_strategy="
+            f"{args.train_sampling_strategy!r} asks for one by lengths. Leave it 'random', or use "
+            "importance_method='presample'."
+        )
+    if (
+        0 < args.max_steps
+        and args.max_steps * args.train_batch_size * args.world_size * (args.gradient_accumulation_steps)
+        <= len(dataset)
+    ) or (args.max_steps <= 0 and args.num_train_epochs <= 1):
+        logger.warning(
+            "importance_method='history' has nothing to remember in a run of one epoch: no example is seen twice, and "
+            "it will train uniformly. Use importance_method='presample', or more epochs."
+        )
+
+
+def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
+    """Refuse what could not work.
+
+    Several GPUs in one process, processes that do not know of each other, ranks with unequal batches, gradient norms
+    of a sharded model, and a threshold that τ can never pass. A *derived* threshold with that fate only warns:
+    swapping two words must always train.
 
     Raises:
         ValueError: It could not work.
@@ -63,12 +100,50 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
             "sampling needs one process a GPU. Start the script with: accelerate launch --multi_gpu --num_processes "
             f"{args.n_gpu} script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
         )
+    check_launch(args, os.environ)
+    if settings.importance_score == "gradient_norm" and _state(args) == DistributedType.FSDP:
+        raise ValueError(
+            "importance_score='gradient_norm' needs the whole parameters, and under FSDP each process has a part of "
+            "them. Use 'upper_bound', which needs none, or train without FSDP."
+        )
     if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ValueError(
             "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
             "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
-    check_threshold(settings, args, args.train_batch_size)
+    if settings.importance_method == "presample":
+        check_threshold(settings, args, args.train_batch_size)
+
+
+def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> None:
+    """Refuse processes that a launcher started together and that would train apart, all into one output folder.
+
+    That is what ``accelerate launch --multi_gpu`` and ``torchrun`` make of a machine without an accelerator, and say
+    nothing. Only what they tell their processes counts (``LOCAL_RANK`` and ``WORLD_SIZE``): the variables of SLURM
+    and MPI say how many tasks there are, not that they train together.
+
+    Args:
+        args: How many processes know of each other.
+        environment: The environment variables.
+
+    Raises:
+        ValueError: Several were started, and this one is alone.
+    """
+    started = environment.get("WORLD_SIZE", "")
+    if "LOCAL_RANK" not in environment or not started.isdecimal() or int(started) < 2:
+        return
+    if args.parallel_mode == ParallelMode.NOT_PARALLEL and args.world_size == 1:
+        raise ValueError(
+            f"The launcher started {started} processes (WORLD_SIZE={started}), but this one trains alone (world size "
+            f"1): without a GPU they do not find each other, and all {started} would write into "
+            f"output_dir={args.output_dir!r}. On CPUs pass use_cpu=True, or start the script with: "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} script.py. If the runs "
+            "are meant to be separate, unset LOCAL_RANK and WORLD_SIZE."
+        )
+
+
+def _state(args: TrainingArguments) -> DistributedType | None:
+    return None if args.distributed_state is None else args.distributed_state.distributed_type
 
 
 def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batch_size: int) -> None:

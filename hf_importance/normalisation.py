@@ -101,14 +101,14 @@ class LossScale:
             labels = inputs["labels"][..., 1:] if self.shifts_labels else inputs["labels"]
         return (labels != IGNORED_LABEL).sum()
 
-    def rescale(self, loss: Tensor, inputs: Mapping[str, Any], step_items: Tensor | float, ranks: int) -> Tensor:
+    def rescale(self, loss: Tensor, inputs: Mapping[str, Any], step_items: Tensor | float, ranks: float) -> Tensor:
         """Turn a mean over the micro-batch into its share of the mean over the step.
 
         Args:
             loss: The model's own loss for the micro-batch.
             inputs: The micro-batch, with its labels.
             step_items: Items of the whole optimizer step, over all ranks that ``ranks`` counts.
-            ranks: Number of processes whose gradients are averaged.
+            ranks: Number of processes whose gradients are averaged, over that by which the loss is multiplied already.
 
         Returns:
             The share; for equal micro-batches exactly the loss divided by their number, as plain Trainer has it for

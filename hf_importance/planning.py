@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from hf_importance.batches import Padding, Pool, batch_size_of
+from hf_importance.batches import Padding, Pool, batch_size_of, reserve_unit
 from hf_importance.costs import Plan, plan
 from hf_importance.kappa import KappaMeter
 from hf_importance.switching import Switch
@@ -24,17 +24,14 @@ class PlanningMixin(WeightedLossMixin):
     _switch: Switch
     _train_loader: Any
     _warned_time = False
+    # When the step in progress asked for its data.
+    _step_mark: Any = None
 
-    def _score_pool(self, pool: Pool) -> Tensor:
+    def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
         raise NotImplementedError
 
     def _padding(self) -> Padding:
         raise NotImplementedError
-
-    @property
-    def _reserve_unit(self) -> int:
-        """Examples in one reserve batch where the pool's size follows the cost rule: a quarter of a batch."""
-        return max(self._train_batch_size // 4, 1)
 
     def _plan(self) -> Plan:
         """Say how many examples the next step scores and keeps; all ranks come to the same.
@@ -51,7 +48,7 @@ class PlanningMixin(WeightedLossMixin):
             self._meter.kappa,
             settings.ratio,
             settings.variance_margin,
-            unit=size if streaming else self._reserve_unit,
+            unit=size if streaming else reserve_unit(size),
             largest=None if streaming else len(data),
             # BatchNorm cannot normalise one example by itself.
             smallest=2 if self._batch_norm else 1,
@@ -72,7 +69,8 @@ class PlanningMixin(WeightedLossMixin):
 
     def _mark(self) -> Any:
         """Give a point in time where κ is still to be measured and steps tell something about it."""
-        wanted = self._sampling and (self.importance_args.needs_kappa or self._switch.active)
+        presampling = self._sampling and self.importance_args.importance_method == "presample"
+        wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
         return self._meter.mark() if wanted else None
 
     def _probe(self, batches: list, started: Any) -> None:

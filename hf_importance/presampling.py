@@ -118,6 +118,7 @@ def score_pool(
     sliced: SlicedHead | None = None,
     dtype: str | None = None,
     compiled: Callable[..., Any] | None = None,
+    passes: int = 0,
 ) -> Tensor:
     """Score all examples of a pool, without dropout, without gradients, and without moving BatchNorm's statistics.
 
@@ -131,6 +132,8 @@ def score_pool(
         sliced: Scores a language model without all its logits, if given.
         dtype: Precision of the forward pass; see :func:`autocast_to`.
         compiled: The same model, compiled, if it is to score; where slices are worth it the model itself does.
+        passes: Forward passes to make at least. What is missing is made up for with the last batch again: a model
+            that is sharded over ranks waits in each pass for all of them.
 
     Returns:
         Shape ``(B,)``, float32, in the order of the pool, on the model's device.
@@ -148,6 +151,8 @@ def score_pool(
                 if result is None:
                     result = score_outputs(forward(**head.model_inputs(batch)), batch, head, kind, function)
                 found.append(counted(result, batch))
+            for _ in range(passes - len(found)):
+                model(**head.model_inputs(batch))
             return torch.cat(found)
 
 
@@ -159,20 +164,16 @@ class Draw:
         batch: The rows that are trained on, with their entry ``importance_weights``; on the device.
         weights: The same weights; on the CPU.
         distinct: How many of its rows are distinct.
-        items: What a uniform batch would have counted in expectation, the pool's items times b / B, times the share
-            of it that is kept.
     """
 
     batch: dict[str, Any]
     weights: Tensor
     distinct: int
-    items: float
 
 
 def draw(
     pool: Pool,
     pool_scores: Tensor,
-    items: Tensor,
     method: Resampling,
     generator: torch.Generator,
     kept: int,
@@ -183,39 +184,37 @@ def draw(
     Args:
         pool: The examples.
         pool_scores: Score of each, non-negative; on the CPU, shape ``(B,)``.
-        items: Item count of each batch of the pool; on the CPU.
         method: ``"systematic"`` or ``"multinomial"``.
         generator: Source of randomness, on the CPU.
         kept: How many to draw, ``n``.
         share: As for :func:`stand_for`.
     """
     index, weights = resample(pool_scores, kept, method, generator)
-    return stand_for(pool, index, weights, items, share)
+    return stand_for(pool, index, weights, share)
 
 
-def stand_for(pool: Pool, index: Tensor, weights: Tensor, items: Tensor, share: float) -> Draw:
+def stand_for(pool: Pool, index: Tensor, weights: Tensor, share: float) -> Draw:
     """Make the batch of drawn examples that stands for the Trainer's own batch, the first of the pool.
 
     Args:
         pool: The examples.
         index: Which of them were drawn, shape ``(n,)``.
         weights: Their importance weights, which leave the mean over them unbiased, shape ``(n,)``.
-        items: Item count of each batch of the pool.
-        share: Share of a batch that the optimizer step keeps, the same for all its batches and ranks. Rounding makes
-            of it ``n / b``, which differs where batches differ in size; the loss weighs each batch by ``b`` all the
-            same, as the uniform step does.
+        share: Share of a batch that the optimizer step keeps, the same for all its batches and ranks, by which its
+            item count is multiplied too. Rounding makes of it ``n / b``, which differs where batches differ in size;
+            the loss weighs each batch by ``b`` all the same, as the uniform step does.
     """
     own = pool.sizes[0]
     batch, order = pool.take(index)
     weights = weights[order].float()
     given = _weighted(batch, weights * (share * own / len(index)))
-    return Draw(given, weights, len(index.unique()), float(items.sum()) * own / len(pool) * share)
+    return Draw(given, weights, len(index.unique()))
 
 
-def keep_own(pool: Pool, items: Tensor, share: float) -> Draw:
+def keep_own(pool: Pool, share: float) -> Draw:
     """Keep the Trainer's own batch of a pool, each example with weight 1; arguments as for :func:`draw`."""
     weights = torch.ones(pool.sizes[0])
-    return Draw(_weighted(pool.batches[0], weights * share), weights, pool.sizes[0], float(items[0]) * share)
+    return Draw(_weighted(pool.batches[0], weights * share), weights, pool.sizes[0])
 
 
 def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:

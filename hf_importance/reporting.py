@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class Totals:
 
     examples_scored: int = 0  # by a scoring forward pass; scores from training logits are free and not counted
     examples_trained: int = 0  # rows of training batches
+    examples_uniform: int = 0  # what uniform sampling would have trained on in the same steps
     examples_distinct: int = 0  # the same, rows that a batch holds twice counted once
     nonfinite_steps: int = 0  # optimizer steps left uniform because a score was NaN or infinite
 
@@ -35,6 +36,7 @@ class Report:
         self._sum_over_ranks = sum_over_ranks
         self.totals = Totals()
         self._unsynced = Totals()
+        self.mark()
         self._restart()
 
     def _restart(self) -> None:
@@ -48,12 +50,20 @@ class Report:
     def uniform_batch(self, size: int) -> None:
         """Count a micro-batch of ``size`` examples that is trained on as the Trainer drew it."""
         self._unsynced.examples_trained += size
+        self._unsynced.examples_uniform += size
         self._unsynced.examples_distinct += size
         self._sample_sizes.append(size)
 
-    def weighted_batch(self, weights: Tensor, distinct: int) -> None:
-        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct."""
+    def weighted_batch(self, weights: Tensor, distinct: int, uniform: int) -> None:
+        """Count a micro-batch drawn by importance.
+
+        Args:
+            weights: Its importance weights, shape ``(n,)``.
+            distinct: How many of its rows are distinct.
+            uniform: How many examples the uniform batch in its place would have had.
+        """
         self._unsynced.examples_trained += len(weights)
+        self._unsynced.examples_uniform += uniform
         self._unsynced.examples_distinct += distinct
         self._sample_sizes.append(effective_sample_size(weights))
         self._max_weight = max(self._max_weight, float(weights.max()))
@@ -74,21 +84,35 @@ class Report:
 
     def sync(self) -> None:
         """Add what was counted since the last time, on every rank, to :attr:`totals`. All ranks must call it."""
-        names = [field.name for field in fields(Totals)]
-        increments = self._sum_over_ranks([getattr(self._unsynced, name) for name in names])
-        for name, increment in zip(names, increments, strict=True):
-            setattr(self.totals, name, getattr(self.totals, name) + int(increment))
+        self.totals = self._with_all_ranks(self.totals, self._unsynced)
         self._unsynced = Totals()
 
-    def drain(self, switch: Switch, kappa: float) -> dict[str, float]:
-        """Give the log entries since the last call and start anew. All ranks must call it."""
+    def mark(self) -> None:
+        """Remember the counts as they stand now."""
+        self._marked = self.totals, replace(self._unsynced)
+
+    def marked(self) -> Totals:
+        """Give the counts over all ranks as they stood at the last :meth:`mark`. All ranks must call it."""
+        return self._with_all_ranks(*self._marked)
+
+    def _with_all_ranks(self, totals: Totals, unsynced: Totals) -> Totals:
+        names = [field.name for field in fields(Totals)]
+        increments = self._sum_over_ranks([getattr(unsynced, name) for name in names])
+        return Totals(**{n: getattr(totals, n) + int(i) for n, i in zip(names, increments, strict=True)})
+
+    def drain(self, switch: Switch, method: dict[str, float]) -> dict[str, float]:
+        """Give the log entries since the last call and start anew. All ranks must call it.
+
+        Args:
+            switch: Says what is on.
+            method: Entries of the method's own.
+        """
         self.sync()
         elapsed = time.perf_counter() - self._started
         entries = {
             "tau": switch.tau,
-            "tau_threshold": switch.threshold,
+            **method,
             "batch_size_gain": switch.tau**2,
-            "kappa": kappa,
             "active": float(switch.active),
             "active_share": self._active_steps / max(self._steps, 1),
             "switches": switch.switches,

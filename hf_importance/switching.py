@@ -122,11 +122,18 @@ class Switch:
         Returns:
             Whether importance sampling went on or off by it.
         """
+        self.average(tau)
+        return self.turn(self.tau > (self.off_below if self.active else self.threshold))
+
+    def average(self, tau: float) -> None:
+        """Average in the τ of one optimizer step."""
         self.tau = self.momentum * self.tau + (1 - self.momentum) * tau
-        changed = (self.tau > (self.off_below if self.active else self.threshold)) != self.active
-        if changed:
-            self.active = not self.active
-            self.switches += 1
+
+    def turn(self, active: bool) -> bool:
+        """Go on or off, or stay; give whether that changed anything."""
+        changed = active != self.active
+        self.active = active
+        self.switches += changed
         return changed
 
     def state_dict(self) -> dict[str, float | bool | int]:

@@ -12,6 +12,8 @@ from hf_importance.costs import ASSUMED_KAPPA, Budget, pays_above
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
+METHODS = ("presample", "history")
+BUDGETS = get_args(Budget)
 SCORES = ("upper_bound", "loss", "gradient_norm")
 SCORING_DTYPES = ("bf16", "fp16", "fp32")
 AUTO = "auto"  # follow the cost rule from the measured kappa
@@ -31,27 +33,38 @@ class ImportanceArguments:
         default=True,
         metadata={"help": "Draw examples by importance once it pays. False trains as the plain Trainer does."},
     )
+    importance_method: str = field(
+        default="presample",
+        metadata={
+            "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's) or "
+            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs)."
+        },
+    )
+    importance_budget: str = field(
+        default="variance",
+        metadata={
+            "help": "What the gain is spent on: 'variance' (batches as large as ever, less gradient noise), "
+            "'constant_variance' (as much noise as ever, smaller batches, so less compute at equal steps), or "
+            "'constant_time' (steps that cost what a uniform step costs, with less noise)."
+        },
+    )
+    variance_margin: float = field(
+        default=1.1,
+        metadata={
+            "help": "Safety margin, at least 1: 'constant_variance' keeps this many times the examples that the "
+            "measured gain asks for, and history is on only while its gain exceeds it."
+        },
+    )
+    uniform_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of every history draw that is uniform, in (0, 1]; weights stay below its inverse."},
+    )
     importance_score: str = field(
         default="upper_bound",
         metadata={
             "help": "What an example is drawn by: 'upper_bound' (norm of the loss's gradient with respect to the "
             "logits), 'loss', or 'gradient_norm' (over all trainable parameters; exact, one backward pass an example, "
             "for ablation)."
-        },
-    )
-    importance_budget: str = field(
-        default="variance",
-        metadata={
-            "help": "What importance sampling is spent on: 'variance' (as many examples a step, less noise), "
-            "'constant_variance' (the noise of a uniform step, fewer examples), or 'constant_time' (the cost of a "
-            "uniform step, less noise)."
-        },
-    )
-    variance_margin: float = field(
-        default=1.1,
-        metadata={
-            "help": "With importance_budget='constant_variance': how many times the examples are kept that tau asks "
-            "for. At least 1."
         },
     )
     # None stands in the type of this and the next field so that HfArgumentParser reads a number or a word.
@@ -102,10 +115,21 @@ class ImportanceArguments:
 
     def __post_init__(self) -> None:
         """Check every value first (it needs no device), then let the next class in line do the same."""
+        _check_choice("importance_method", self.importance_method, METHODS)
+        _check_choice("importance_budget", self.importance_budget, BUDGETS)
+        if not (math.isfinite(self.variance_margin) and self.variance_margin >= 1):
+            raise ValueError(
+                f"variance_margin must be a finite number of at least 1, but it is {self.variance_margin}. It is how "
+                "many times the examples are kept that the measured gain asks for; 1.1 is the default."
+            )
+        if not 0 < self.uniform_share <= 1:
+            raise ValueError(
+                f"uniform_share must lie in (0, 1], but it is {self.uniform_share}. It is the share of every draw "
+                "that is uniform, so that no weight passes its inverse; 0.1 is the default."
+            )
         _check_choice("importance_score", self.importance_score, SCORES)
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("resampling", self.resampling, get_args(Resampling))
-        _check_choice("importance_budget", self.importance_budget, get_args(Budget))
         if self.scoring_dtype is not None:
             _check_choice("scoring_dtype", self.scoring_dtype, SCORING_DTYPES)
         self.presample_ratio = _number_or_auto(
@@ -119,11 +143,6 @@ class ImportanceArguments:
                 self.tau_threshold,
                 "tau is never below 1, so importance sampling would always be on; leave it None for the threshold "
                 "derived from presample_ratio.",
-            )
-        if not (math.isfinite(self.variance_margin) and self.variance_margin >= 1):
-            raise ValueError(
-                f"variance_margin must be a finite number of at least 1, but it is {self.variance_margin}. It says "
-                "how many times the examples are kept that tau asks for; 1.1 is the default."
             )
         if not 0 <= self.tau_momentum < 1:
             raise ValueError(
@@ -152,7 +171,9 @@ class ImportanceArguments:
     @property
     def needs_kappa(self) -> bool:
         """Whether a decision depends on what scoring costs."""
-        return self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time"
+        return self.importance_method == "presample" and (
+            self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time"
+        )
 
     @property
     def threshold(self) -> float:

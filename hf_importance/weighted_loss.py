@@ -19,6 +19,7 @@ from hf_importance.heads import Head, head_of
 from hf_importance.normalisation import LossScale
 from hf_importance.task_heads import TokenHead
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.visits import without_index
 from hf_importance.vocabulary import SlicedHead
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class WeightedLossMixin(Trainer):
     # Items of the optimizer step in progress, over all ranks; None where each micro-batch is a step of its own.
     _step_items: Tensor | float | None = None
 
-    def _keep_scores(self, outputs: Any, batch: dict[str, Any]) -> None:
+    def _keep_scores(self, outputs: Any, batch: dict[str, Any], index: Tensor | None) -> None:
         raise NotImplementedError
 
     def _look_at_model(self) -> None:
@@ -91,6 +92,7 @@ class WeightedLossMixin(Trainer):
         In training it hands the outputs on to be scored, and sees to it that the loss is a mean over the items of the
         whole optimizer step also for models that ignore ``num_items_in_batch``.
         """
+        inputs, index = without_index(inputs)
         self._hold_batch_norm(model.training, inputs.get(WEIGHTS))
         if self._head is None or not (model.training or WEIGHTS in inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -104,7 +106,7 @@ class WeightedLossMixin(Trainer):
             loss, outputs = found if wanted else (found, None)
             loss = self._normalised(loss, outputs, batch, num_items_in_batch)
         if self._awaiting and model.training:
-            self._keep_scores(outputs, batch)
+            self._keep_scores(outputs, batch, index)
         return (loss, outputs) if return_outputs else loss
 
     def _reads_outputs(self) -> bool:
@@ -150,7 +152,7 @@ class WeightedLossMixin(Trainer):
         """Bring the model's own loss of a micro-batch to a mean over the step."""
         takes_items = num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
-        multiplied = self._averaged_ranks if takes_items else 1
+        multiplied = self._ranks if takes_items and self.args.average_tokens_across_devices else 1
         scale = self._loss_scale
         if self._learns_scale():
             try:
@@ -162,7 +164,7 @@ class WeightedLossMixin(Trainer):
                 return loss
         if self._step_items is None:
             return loss
-        return scale.rescale(loss, batch, self._step_items, self._averaged_ranks // multiplied)
+        return scale.rescale(loss, batch, self._step_items, self._averaged_ranks / multiplied)
 
     def _leave_loss_to_trainer(self) -> None:
         """Nobody asked for importance sampling, and the head does not know this loss: it is the plain Trainer's."""
@@ -176,20 +178,17 @@ class WeightedLossMixin(Trainer):
 
     @property
     def _averaged_ranks(self) -> int:
-        """Number of ranks that an item count spans, so that a sum divided by it must be multiplied by again."""
-        return self._ranks if self.args.average_tokens_across_devices else 1
+        """Number of ranks that an item count spans, so that a sum divided by it must be multiplied by again.
+
+        Where nobody asked for importance sampling nothing of ours crosses the network, and each rank counts its own.
+        """
+        return self._ranks if self._sampling and self.args.average_tokens_across_devices else 1
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         """Add up numbers over all ranks in one collective; on one rank nothing crosses any network."""
         if self._ranks == 1:
             return values
-        return self._sum_tensor_over_ranks(torch.tensor(values, device=self.args.device)).tolist()
+        return self._sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
 
     def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
         return tensor if self._ranks == 1 else self.accelerator.reduce(tensor, "sum")
-
-    def _count_items(self, batches: list) -> Tensor:
-        items = torch.stack([self._loss_scale.items(batch) for batch in batches]).sum().to(self.args.device)
-        if self._averaged_ranks > 1:
-            items = self.accelerator.reduce(items, "sum")
-        return items

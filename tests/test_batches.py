@@ -213,9 +213,9 @@ def test_an_example_of_a_pool_is_waited_for_no_longer_than_one_of_a_plain_step(t
             time.sleep(0.09)
             return super().training_step(*args, **kwargs)
 
-        def _score(self, pools):
+        def _score(self, pools, passes=0):
             self.waited.append((time.perf_counter() - self.started) / sum(map(len, pools)))
-            return super()._score(pools)
+            return super()._score(pools, passes)
 
     def waits(**overrides):
         args = toys.arguments(

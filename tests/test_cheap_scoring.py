@@ -91,11 +91,11 @@ def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path):
     seen = {"scored": 0, "needed": 0}
 
     class Count(ImportanceTrainer):
-        def _score_pool(self, pool):
+        def _score_pool(self, pool, passes=0):
             for batch in pool.batches[1:]:
                 seen["scored"] += batch["input_ids"].numel()
                 seen["needed"] += int(batch["attention_mask"].sum())
-            return super()._score_pool(pool)
+            return super()._score_pool(pool, passes)
 
     data = Dataset.from_list(texts(96))
     args = toys.always_on(tmp_path, scoring_batch_size=8, max_steps=6)

@@ -1,46 +1,33 @@
 """Two ranks, really launched: equal work gives an equal result, all take the same branch, and nothing hangs."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import toys
+from launchers import ACCELERATE, ALONE, TORCHRUN, attempt, configured, launch, results
+from transformers import TrainingArguments
 
 from hf_importance import ImportanceTrainer
 from hf_importance.costs import ASSUMED_KAPPA
 
-SCRIPT = Path(__file__).parent / "launched" / "two_ranks.py"
-SECONDS = 240  # a hang is a failure
-
-
-def launch(command: list[str], folder: Path, ranks: int) -> dict[str, list[dict]]:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(ranks)],
-        env=environment,
-        timeout=SECONDS,
-        check=True,
-        capture_output=True,
-    )
-    names = {file.name.rsplit(".", 2)[0] for file in folder.glob("*.json")}
-    return {n: [json.loads((folder / f"{n}.{rank}.json").read_text()) for rank in range(ranks)] for n in names}
+SCRIPT = "two_ranks.py"
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return launch([sys.executable], tmp_path_factory.mktemp("one"), 1)
+    folder = tmp_path_factory.mktemp("one")
+    launch(ALONE, SCRIPT, folder, 1)
+    return results(folder, 1)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    # Without --multi_gpu accelerate starts one process and says nothing; without ACCELERATE_USE_CPU two separate runs.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    return launch([sys.executable, *launcher], tmp_path_factory.mktemp("two"), 2)
+    folder = tmp_path_factory.mktemp("two")
+    launch(configured("ddp"), SCRIPT, folder, 2)
+    return results(folder, 2)
 
 
 def test_the_launch_made_one_world_of_two(two):
@@ -96,6 +83,78 @@ def test_ranks_agree_on_what_scoring_costs(two):
 @pytest.mark.parametrize("name", ["uneven", "split batches", "dispatched", "stream"])
 def test_uneven_data_hangs_nowhere(two, name):
     assert two[name][0]["steps"] == two[name][1]["steps"] > 0
+
+
+SAME = ("uniform", "on")
+
+
+def check_same(found, two):
+    """The same run, however it was started."""
+    for name in SAME:
+        assert [rank["world"] for rank in found[name]] == [2, 2]
+        for rank in range(2):
+            assert found[name][rank]["parameters"] == two[name][rank]["parameters"]
+            assert found[name][rank]["trained"] == two[name][rank]["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [TORCHRUN, [*ACCELERATE, "--multi_gpu", "--num_processes", "2"]])
+def test_other_launch_commands_give_the_same_run(two, tmp_path, command):
+    # Nothing but use_cpu=True in the script says that there is no GPU.
+    launch(command, SCRIPT, tmp_path, 2, *SAME, ACCELERATE_USE_CPU=None)
+    check_same(results(tmp_path, 2), two)
+
+
+@pytest.mark.slow
+def test_two_machines_give_the_same_run(two, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*configured("two_machines"), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+
+    def start(rank):
+        machine = [*command, "--num_processes", "2", "--machine_rank", str(rank)]
+        launch(machine, SCRIPT, tmp_path, 2, *SAME, GLOO_SOCKET_IFNAME="lo")
+
+    with ThreadPoolExecutor() as machines:
+        list(machines.map(start, range(2)))
+    check_same(results(tmp_path, 2), two)
+
+
+def test_a_launch_that_ended_up_as_separate_runs_is_refused(tmp_path):
+    command = [*ACCELERATE, "--multi_gpu", "--num_processes", "2"]
+    found = attempt(command, "plain_script.py", tmp_path, ACCELERATE_USE_CPU=None)
+    assert found.returncode != 0
+    message = "started 2 processes (WORLD_SIZE=2), but this one trains alone (world size 1)"
+    assert message in found.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 script.py" in found.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"LOCAL_RANK": "0", "WORLD_SIZE": "1"},  # torchrun with one process
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"},  # four runs of one job, not one run
+        {"OMPI_COMM_WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "4", "RANK": "0"},  # a cluster's variables for a launcher that nobody started
+    ],
+)
+def test_one_process_that_nobody_launched_as_several_trains(tmp_path, monkeypatch, variables):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    args = toys.arguments(tmp_path, max_steps=1)
+    assert args.world_size == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences())
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*--multi_gpu --num_processes 2"):
+        ImportanceTrainer(toys.vit(), toys.arguments(tmp_path))
 
 
 def test_uneven_ranks_are_refused(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ KEYS = {
     "scoring_time_share",
     "examples_scored",
     "examples_trained",
+    "examples_uniform",
     "examples_distinct",
     "nonfinite_steps",
 }
@@ -79,18 +80,20 @@ def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
     report.uniform_batch(4)
     report.step(True)
     report.scored(12, 0.0)
-    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1)
-    first = report.drain(switch, kappa=0.2)
+    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1, uniform=3)
+    first = report.drain(switch, {"gain": 1.5, "kappa": 0.2})
     assert first["importance/active_share"] == 0.5
     assert first["importance/kappa"] == 0.2
     assert first["importance/max_weight"] == 3
     assert first["importance/effective_sample_size"] == pytest.approx((4 + 1.6) / 2)
     assert first["importance/examples_trained"] == 2 * 6
+    assert first["importance/examples_uniform"] == 2 * 7
+    assert first["importance/gain"] == 1.5
     assert first["importance/examples_distinct"] == 2 * 5
     assert first["importance/examples_scored"] == 2 * 12
     report.step(False)
     report.uniform_batch(4)
-    second = report.drain(switch, kappa=0.2)
+    second = report.drain(switch, {})
     assert second["importance/active_share"] == 0
     assert second["importance/max_weight"] == 1
     assert second["importance/examples_trained"] == 2 * 10
@@ -100,9 +103,11 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
     parser = HfArgumentParser(ImportanceTrainingArguments)
     settings = {
         "importance_sampling": False,
+        "importance_method": "history",
+        "uniform_share": 0.25,
         "importance_score": "loss",
         "importance_budget": "constant_variance",
-        "variance_margin": 1.3,
+        "variance_margin": 1.5,
         "presample_ratio": 4.5,
         "resampling": "multinomial",
         "tau_threshold": 1.75,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
 
@@ -30,22 +30,26 @@ def scores_by_step(on_from, off_from):
     return make
 
 
-def build(tmp_path, data, make_score=None, kind=ImportanceTrainer, **overrides):
+def build(tmp_path, data, make_score=None, kind=ImportanceTrainer, eval_dataset=None, dropout=0.1, **overrides):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "logging_steps": 1}
     args = toys.always_on(tmp_path, **{**settings, **overrides})
-    trainer = kind(model=toys.bert(dropout=0.1), args=args, train_dataset=data)
+    trainer = kind(model=toys.bert(dropout), args=args, train_dataset=data, eval_dataset=eval_dataset)
     if make_score is not None:
         trainer.compute_score_func = make_score(trainer)
     return trainer
 
 
-def check_resume(tmp_path, data, make_score=None, **overrides):
+def assert_same_parameters(one, other):
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def check_resume(tmp_path, data, make_score=None, step=5, **overrides):
     whole = build(tmp_path / "whole", data, make_score, **overrides)
     whole.train()
     resumed = build(tmp_path / "resumed", data, make_score, **overrides)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    for (name, one), other in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert_same_parameters(whole, resumed)
     timed = ("time_share", "kappa", "_runtime", "_per_second")
     timeless = lambda e: {k: v for k, v in e.items() if not k.endswith(timed)}  # noqa: E731
     histories = [[timeless(e) for e in t.state.log_history if "train_loss" not in e] for t in (whole, resumed)]
@@ -85,9 +89,86 @@ def test_at_the_end_of_an_epoch(tmp_path):
     check_resume(tmp_path, toys.sentences(80))
 
 
-def test_a_stream(tmp_path):
-    # Off at the checkpoint: the stream is then exactly as far as the Trainer believes.
-    check_resume(tmp_path, toys.sentences(128).to_iterable_dataset(), scores_by_step(99, 99))
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("phase", ["off", "on", "goes on at the checkpoint", "goes off after the checkpoint"])
+def test_a_stream(tmp_path, phase, workers):
+    # 40 batches: while on, a step takes 3 of them, so 10 steps end within the first pass.
+    data = toys.sentences(640).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=64)
+    whole, resumed = check_resume(tmp_path, data, PHASES[phase], dataloader_num_workers=workers)
+    assert whole._stream.place() == resumed._stream.place()
+    assert whole._stream.passes == 0
+    assert (whole._stream.drawn == 10) is (phase == "off")
+
+
+@pytest.mark.parametrize("step", [4, 6, 9])
+def test_a_stream_that_is_started_over(tmp_path, step):
+    # 8 batches a pass, 3 a step once on: the first pass ends with step 4, the second with step 7.
+    data = toys.sentences(128).to_iterable_dataset().shuffle(seed=1, buffer_size=64)
+    whole = build(tmp_path / "whole", data, save_steps=1)
+    whole.train()
+    resumed = build(tmp_path / "resumed", data, save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert whole._stream.place() == resumed._stream.place()
+    assert whole._stream.passes == 2
+    assert_same_parameters(whole, resumed)
+
+
+def test_ignore_data_skip_starts_the_stream_from_its_beginning(tmp_path):
+    data = toys.sentences(640).to_iterable_dataset()
+    build(tmp_path / "whole", data).train()
+    resumed = build(tmp_path / "resumed", data, ignore_data_skip=True, save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert resumed._stream.drawn == 5 * 3
+
+
+def test_ignore_data_skip_starts_the_epoch_over_and_the_reserve_goes_on(tmp_path):
+    data, seen = toys.sentences(128), {}
+    for name, skip in {"exact": False, "from the beginning": True}.items():
+        resumed = build(tmp_path / name, data, ignore_data_skip=skip, train_sampling_strategy="sequential")
+        if not seen:
+            resumed.train()
+        pools = seen[name] = []
+        resumed.compute_score_func = lambda o, y, pools=pools: pools.append(y) or torch.ones(len(y))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "exact" / "checkpoint-5"))
+    exact, beginning = seen.values()
+    assert torch.equal(beginning[0], data[:16]["labels"])
+    assert torch.equal(exact[0], data[80:96]["labels"])
+    assert torch.equal(exact[1], beginning[1])  # the first batch of the reserve
+    assert torch.equal(exact[2], beginning[2])
+
+
+def test_the_best_model_and_the_limit_on_checkpoints(tmp_path):
+    settings = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "max_steps": 12,
+    }
+    data, held_out = toys.sentences(128), toys.sentences(32, seed=1)
+    whole = build(tmp_path / "whole", data, eval_dataset=held_out, **settings)
+    whole.train()
+    stopped = build(tmp_path / "resumed", data, eval_dataset=held_out, **settings)
+    stopped.add_callback(StopAfter(5))
+    stopped.train()
+    resumed = build(tmp_path / "resumed", data, eval_dataset=held_out, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_global_step == whole.state.best_global_step
+    assert_same_parameters(whole, resumed)
+    kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "resumed").glob("checkpoint-*"))
+    assert kept == sorted({whole.state.best_global_step, 12} | ({11} if whole.state.best_global_step == 12 else set()))
+
+
+class StopAfter(TrainerCallback):
+    """Ends the run after a step, as a time limit would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_the_state_is_json_with_a_version(tmp_path):

@@ -1,0 +1,202 @@
+"""Steers the history method: when passes begin, how long they are, when it goes on and off.
+
+Decisions fall at a few points of an epoch, from figures that all ranks share, so that all decide the same:
+
+- while off, ten times an epoch: the table is brought up to date, calibrated anew, and the gain to be expected is known
+- while on, where a pass ends: the next one is drawn. It goes off only where an epoch begins, since nobody reads the
+  Trainer's own loader while passes run
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_importance.history import SMALLEST_FRACTION, History
+from hf_importance.training_args import ImportanceArguments
+from hf_importance.visits import pass_batches
+
+DECISIONS_PER_EPOCH = 10
+# It goes on where the gain passes the margin by this factor, and off where it falls below the margin.
+HYSTERESIS = 1.05
+# Examples that the gain must stand on before it is believed.
+FEWEST_EXAMPLES = 200
+
+
+class Remembering:
+    """The history method of one training run.
+
+    Args:
+        settings: The arguments of importance sampling.
+        loader: The Trainer's own loader; its dataset carries indices.
+        accumulation: Micro-batches of an optimizer step.
+        rank: Index of this process.
+        ranks: Number of processes.
+        seed: What all draws are keyed by.
+        gather: Concatenates rows, shape ``(m, 3)``, over ranks; the identity on one.
+    """
+
+    def __init__(
+        self,
+        settings: ImportanceArguments,
+        loader: DataLoader,
+        accumulation: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.settings, self.loader = settings, loader
+        self.accumulation, self.rank, self.ranks, self.seed = accumulation, rank, ranks, seed
+        self._gather = gather
+        self.history = History(len(loader.dataset), seed, settings.uniform_share)
+        self.micro_batches = len(loader)
+        self.updates = math.ceil(self.micro_batches / accumulation)
+        total = getattr(loader, "total_batch_size", None)
+        self.batch_size = loader.batch_size if total is None else total // ranks
+        self._epoch: Any = None
+        self._position = 0  # optimizer steps of this epoch
+        self._batches: Iterator[dict[str, Any]] | None = None
+        self._rows: list[Tensor] = []  # visits not yet in the table: index, score, step
+        # Examples and weights of the micro-batches handed out in this step.
+        self.handed: list[tuple[Tensor, Tensor]] = []
+
+    def resume(self, state: dict[str, Any], tensors: dict[str, Tensor], as_saved: bool) -> None:
+        """Take up a checkpoint's history.
+
+        Args:
+            state: What ``History.state_dict`` gave.
+            tensors: What ``History.tensors`` gave.
+            as_saved: Whether the settings are those that it was saved with. Else the pass in progress is given up,
+                since its micro-batches were made for other ranks or sizes; the table stays.
+
+        Raises:
+            ValueError: The table is of a dataset of another length.
+        """
+        saved, current = len(tensors["scores"]), self.history.examples
+        if saved != current:
+            raise ValueError(
+                f"The checkpoint remembers scores of {saved} examples, and train_dataset has {current}: they would be "
+                "credited to the wrong ones. Resume with the dataset that the run began with, or with "
+                "importance_method='presample'."
+            )
+        self.history.load(state, tensors)
+        if not as_saved:
+            self.history.current = None
+
+    # ---- Where the run stands ----
+
+    def begin_step(self, epoch_iterator: Any, position: int) -> None:
+        """Follow the Trainer's epochs: a new iterator is a new epoch.
+
+        Args:
+            epoch_iterator: What the Trainer reads its batches from.
+            position: Optimizer steps of the epoch before this one, where it is new.
+        """
+        if epoch_iterator is not self._epoch:
+            self._epoch, self._position = epoch_iterator, position
+        else:
+            self._position += 1
+
+    @property
+    def at_decision(self) -> bool:
+        """Whether a pass has ended, or while off whether a tenth of an epoch has."""
+        if self.history.current is not None:
+            return self.history.current.position >= self.history.current.length
+        return self._position % max(self.updates // DECISIONS_PER_EPOCH, 1) == 0
+
+    def decide(self) -> bool:
+        """Bring the table up to date and give whether the next steps are drawn by it. All ranks must call it."""
+        history, margin = self.history, self.settings.variance_margin
+        active = history.current is not None
+        history.current, self._batches = None, None
+        self.exchange()
+        history.refit()
+        gain = history.averages.gain
+        known = history.calibration is not None and history.averages.count >= FEWEST_EXAMPLES
+        if active and self._position > 0:  # in an epoch whose own batches nobody has read
+            self._begin_pass(gain)
+            return True
+        if not (known and gain > (margin if active else margin * HYSTERESIS)):
+            return False
+        self._begin_pass(gain)
+        return True
+
+    def _begin_pass(self, gain: float) -> None:
+        """Draw a pass with batches as large as the budget asks for."""
+        fraction = 1.0
+        if self.settings.importance_budget == "constant_variance":
+            fraction = min(max(self.settings.variance_margin / gain, SMALLEST_FRACTION, 1 / self.batch_size), 1.0)
+        left = max(self.updates - self._position, 1)
+        # A pass over all examples would be uniform.
+        passes = max(self.history.passes_for(fraction), 2 if fraction == 1 else 1)
+        updates = math.ceil(left / max(round(left / self.updates * passes), 1))
+        length = min(updates * self.accumulation, max(self.micro_batches - self._position * self.accumulation, 1))
+        batch_size = self.batch_size * fraction
+        # Where batches are padded to be even over ranks there are more places than examples.
+        length = min(length, math.floor(self.history.examples / (batch_size * self.ranks)))
+        self.history.begin_pass(batch_size, length, self.ranks)
+
+    # ---- Batches ----
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """Give the micro-batches of one optimizer step, drawn by the table."""
+        current = self.history.current
+        assert current is not None
+        if self._batches is None:
+            self._batches = pass_batches(self.loader, current, self.seed, self.rank, self.ranks)
+        count = min(count, current.length - current.position)
+        found = [next(self._batches) for _ in range(count)]
+        slices = [current.rows(current.position + m, self.rank, self.ranks) for m in range(count)]
+        self.handed = [(current.index[rows], current.weights[rows]) for rows in slices]
+        current.position += count
+        return found
+
+    @property
+    def items_an_example(self) -> float:
+        """Mean number of items of the loss that an example has, over all uniform steps."""
+        averages = self.history.averages
+        return averages.items / averages.examples
+
+    # ---- What visits found ----
+
+    def record(self, index: Tensor, found: Tensor, step: int) -> None:
+        """Keep the scores of one step of this rank for the table."""
+        rows = torch.stack([index.double(), found.double(), torch.full((len(index),), step, dtype=torch.float64)], 1)
+        self._rows.append(rows)
+        if self.ranks == 1:
+            self.exchange()
+
+    def exchange(self) -> None:
+        """Bring the visits of all ranks into the table, in the order of their steps. All ranks must call it."""
+        rows = torch.cat([torch.empty((0, 3), dtype=torch.float64), *self._rows])
+        self._rows = []
+        rows = self._gather(rows)
+        rows = rows[rows[:, 2].argsort(stable=True)]
+        self.history.record(rows[:, 0].long(), rows[:, 1].float(), rows[:, 2].int())
+
+    def measure(self, count: float, uniform_moment: float, drawn_moment: float, items: float, examples: float) -> None:
+        """Average in one optimizer step's sums over all ranks."""
+        averages = self.history.averages
+        averages.items += items
+        averages.examples += examples
+        if self.history.calibration is not None:
+            # Over a quarter of an epoch.
+            averages.add(count, uniform_moment, drawn_moment, 1 - 1 / max(self.updates / 4, 20))
+
+    def log_entries(self, step: int) -> dict[str, float]:
+        """Give the log entries of the method."""
+        seen = ~self.history.scores.isnan()
+        visited = int(seen.sum())
+        age = float((step - self.history.seen[seen].double()).mean()) if visited else 0.0
+        return {
+            "gain": self.history.averages.gain,
+            "table_age": age,
+            "table_share": visited / self.history.examples,
+            "skipped_share": self.history.skipped_share,
+        }

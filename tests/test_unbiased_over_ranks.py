@@ -1,0 +1,152 @@
+"""Over all outcomes of the draws on two ranks, the mean of the gradient averaged over both is the uniform gradient.
+
+Nothing is sampled: every outcome is made to happen once, in the trainer's own step, and counts with its probability.
+"""
+
+import itertools
+
+import pytest
+import torch
+import toys
+from transformers import BertConfig, BertForTokenClassification
+
+from hf_importance import ImportanceTrainer, sampling
+from hf_importance.costs import Plan
+from hf_importance.weighted_loss import WeightedLossMixin
+
+# Examples in the own batch and in the reserve of each rank: equal ones, and the short last batch of an uneven epoch.
+SIZES = {"equal ranks": [(2, 1), (2, 1)], "a short batch on one rank": [(2, 2), (1, 2)]}
+RANKS = 2
+
+
+def classifier():
+    return toys.bert(initializer_range=0.5)
+
+
+def token_classifier():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=50, num_labels=3, initializer_range=0.5, **sizes, **dropout)
+    return BertForTokenClassification(config)
+
+
+def batches(sizes, tokens, seed):
+    """Give the batches of one pool; the rows of a token task count different numbers of items."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for size in sizes:
+        inputs = torch.randint(10, 50, (size, 6), generator=generator)
+        labels = torch.randint(0, 3, (size, 6) if tokens else (size,), generator=generator)
+        if tokens:
+            counts = torch.randint(1, 7, (size, 1), generator=generator)
+            labels[torch.arange(6) >= counts] = -100
+        found.append({"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels})
+    return found
+
+
+class Rank:
+    """One rank's trainer and pool, with the draws and the sums over ranks given to it."""
+
+    def __init__(self, tmp_path, model, parts, method):
+        self.trainer = ImportanceTrainer(model, toys.always_on(tmp_path, resampling=method, use_cpu=True))
+        self.parts = parts
+        self.sent = []
+
+    def step(self, totals=None):
+        """Give the gradient of one importance step; the sums over ranks are ``totals``, its own where None."""
+        self.sent = []
+
+        def sum_over_ranks(values):
+            self.sent.append(list(values))
+            return list(values) if totals is None else totals[len(self.sent) - 1]
+
+        trainer = self.trainer
+        trainer._sum_over_ranks = sum_over_ranks
+        trainer._plan = lambda: Plan(pool=0, kept=trainer._train_batch_size, cost=0.0)
+        trainer._passes = lambda pool: 0
+        trainer._reserve_batches = lambda epoch_iterator, pool: self.parts[1:]
+        (batch,), _ = trainer._presample([self.parts[0]], iter(()))
+        loss, _ = trainer._weighted_loss(trainer.model.train(), batch)
+        return gradient(loss, trainer.model)
+
+
+def gradient(loss, model):
+    found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+def multinomial_outcomes(rank, totals, monkeypatch):
+    """Give the probability and the gradient of every outcome of a draw with replacement."""
+    seen = {}
+
+    def first(probabilities, size, **kwargs):
+        seen.update(probabilities=probabilities, size=size)
+        return torch.zeros(size, dtype=torch.long)
+
+    monkeypatch.setattr(torch, "multinomial", first)
+    rank.step(totals)
+    probabilities = seen["probabilities"]
+    for index in itertools.product(range(len(probabilities)), repeat=seen["size"]):
+        drawn = torch.tensor(index)
+        monkeypatch.setattr(torch, "multinomial", lambda *args, drawn=drawn, **kwargs: drawn)
+        yield float(probabilities[drawn].prod()), rank.step(totals)
+
+
+def systematic_outcomes(rank, totals, monkeypatch):
+    """Give the probability and the gradient of every order, and of every stretch of offsets that draws alike."""
+    draw, seen = sampling.systematic_draw, {}
+
+    def look(probabilities, order, offset):
+        seen.update(probabilities=probabilities)
+        return draw(probabilities, order, offset)
+
+    monkeypatch.setattr(sampling, "systematic_draw", look)
+    rank.step(totals)
+    orders = list(itertools.permutations(range(len(seen["probabilities"]))))
+    for order in map(torch.tensor, orders):
+        monkeypatch.setattr(torch, "randperm", lambda *args, order=order, **kwargs: order)
+        edges = seen["probabilities"][order].cumsum(0) % 1
+        edges = torch.cat([edges.new_tensor([0.0, 1.0]), edges]).unique()
+        for low, high in itertools.pairwise(edges.tolist()):
+            if high - low > 1e-9:  # else two sums that rounding alone keeps apart
+                offset = torch.tensor((low + high) / 2, dtype=torch.float64)
+                monkeypatch.setattr(torch, "rand", lambda *args, offset=offset, **kwargs: offset)
+                yield (high - low) / len(orders), rank.step(totals)
+
+
+OUTCOMES = {"multinomial": multinomial_outcomes, "systematic": systematic_outcomes}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("make_model", [classifier, token_classifier])
+@pytest.mark.parametrize("method", OUTCOMES)
+def test_the_mean_over_ranks_is_unbiased(tmp_path, monkeypatch, method, make_model, sizes):
+    monkeypatch.setattr(WeightedLossMixin, "_ranks", RANKS)
+    model, tokens = make_model().double(), make_model is token_classifier
+    pools = [batches(SIZES[sizes][rank], tokens, seed=rank) for rank in range(RANKS)]
+    ranks = [Rank(tmp_path, model, pool, method) for pool in pools]
+    for rank in ranks:
+        rank.step()  # what it sends does not depend on the draw
+    calls = zip(*(rank.sent for rank in ranks), strict=True)
+    totals = [[sum(values) for values in zip(*call, strict=True)] for call in calls]
+    outcomes = []
+    for rank in ranks:
+        with monkeypatch.context() as patch:
+            outcomes.append(list(OUTCOMES[method](rank, totals, patch)))
+
+    assert [sum(chance for chance, _ in found) for found in outcomes] == pytest.approx([1.0] * RANKS)
+    mean = 0.0
+    for together in itertools.product(*outcomes):
+        chance = together[0][0] * together[1][0]
+        mean = mean + chance * (together[0][1] + together[1][1]) / RANKS  # as DDP averages
+
+    # The law of docs: each rank's pool stands for its own batch; items are counted over both.
+    total = items = 0.0
+    for (own, _), pool in zip(SIZES[sizes], pools, strict=True):
+        share = own / sum(len(part["labels"]) for part in pool)
+        for part in pool:
+            counted = (part["labels"] != -100).sum()
+            total = total + share * model(**part).loss * counted
+            items = items + share * counted
+    torch.testing.assert_close(mean, gradient(total / items, model), rtol=1e-5, atol=1e-7)
