@@ -1,10 +1,13 @@
-"""What a step costs: ImportanceTrainer while off against plain Trainer, and an importance step against its parts.
+"""What a step costs: scoring against a bare forward pass, an importance step against the cost rule, off against plain.
 
-    python examples/benchmark_step.py                 # ViT, ResNet and BERT of a few million parameters
-    python examples/benchmark_step.py --models bert --pairs 9
+    python examples/benchmark_step.py                          # four models of a few million parameters, on a CPU
+    python examples/benchmark_step.py --models bert --rounds 9
+    python examples/benchmark_step.py --full                   # ViT-B, ResNet-50, BERT-base, a 1B Llama: for a GPU
+    python examples/benchmark_step.py --parts off no_harm      # whole runs of both trainers, in turn
 
-Both trainers run in one process, in turn (A B, B A, ...), on the same model and data; a row gives the median over the
-pairs and their spread. The result, with hardware and versions, stands in docs/benchmarks.md.
+All that is compared runs in one process, in turn, round after round; a figure is the median over the rounds, with the
+smallest and largest where it decides. Every optimizer step of an importance step goes through the trainer's own
+methods. Results, with hardware and versions, stand in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -31,18 +37,26 @@ from transformers import (
 )
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.batches import Pool, batch_size_of
-from hf_importance.presampling import draw, score_outputs, score_pool
+from hf_importance.batches import Pool
+from hf_importance.presampling import autocast_to, evaluation_mode, score_pool
+
+MODELS = ("vit", "resnet", "bert", "llama")
+PARTS = ("scoring", "step", "off", "no_harm")
 
 
 @dataclass
 class BenchmarkArguments:
     """What is measured, and how often."""
 
-    models: list[str] = field(default_factory=lambda: ["vit", "resnet", "bert"], metadata={"help": "Of these three."})
-    pairs: int = field(default=7, metadata={"help": "Runs of each trainer."})
-    steps: int = field(default=12, metadata={"help": "Timed steps a run, after 3 that are not."})
-    batch_size: int = field(default=32, metadata={"help": "Examples a step."})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS[:3]), metadata={"help": f"Of {', '.join(PARTS)}."})
+    rounds: int = field(default=7, metadata={"help": "Times that each thing is measured, after one that is not."})
+    batch_size: int = field(default=32, metadata={"help": "Examples a step; a quarter of it for the Llama."})
+    presample_ratio: float = field(default=3.0, metadata={"help": "Pool size over batch size, of the step's row."})
+    compiled: bool = field(default=False, metadata={"help": "Measure compiled scoring too: minutes of compilation."})
+    full: bool = field(default=False, metadata={"help": "Real sizes, bf16 training: needs a GPU."})
+    steps: int = field(default=12, metadata={"help": "Timed steps of a run that compares whole trainers."})
+    run_steps: int = field(default=150, metadata={"help": "Steps of a whole run, for no_harm."})
 
 
 def now() -> float:
@@ -51,6 +65,187 @@ def now() -> float:
         torch.accelerator.synchronize()
         return time.perf_counter()
     return time.process_time()
+
+
+def make_model(name: str, full: bool) -> nn.Module:
+    """Give a model from a config, not trained: what a step costs does not depend on the weights."""
+    torch.manual_seed(0)
+    if name == "vit":
+        small = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+        config = ViTConfig(num_labels=10) if full else ViTConfig(image_size=32, patch_size=4, num_labels=10, **small)
+        return ViTForImageClassification(config)
+    if name == "resnet":
+        small = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
+        return ResNetForImageClassification(ResNetConfig(num_labels=10, **({} if full else small)))
+    if name == "bert":
+        small = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+        return BertForSequenceClassification(BertConfig(num_labels=10, **({} if full else small)))
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes |= {"intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True}  # 1.24 B parameters
+    if not full:
+        sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
+        sizes |= {"vocab_size": 8192}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def make_data(name: str, full: bool, examples: int = 768) -> Dataset:
+    """Give random inputs of the model's shape, as columns that are quick to read."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 10, examples)
+    if name in ("bert", "llama"):
+        length, words = (128 if name == "bert" else 512) if full else 64, 30000 if name == "bert" else 8000
+        tokens = generator.integers(1, words, (examples, length))
+        labels = labels if name == "bert" else tokens
+        columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+    else:
+        side = 224 if full else (32 if name == "vit" else 64)
+        columns = {"pixel_values": generator.random((examples, 3, side, side), dtype=np.float32), "labels": labels}
+    return Dataset.from_dict(columns).with_format("numpy")
+
+
+class Rows(torch.utils.data.Dataset):
+    """A dataset held as tensors, so that loading is not what is measured."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.columns = {name: torch.from_numpy(np.asarray(data[:][name])) for name in data.column_names}
+
+    def __len__(self) -> int:
+        """Give the number of examples."""
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Give one example."""
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def make_trainer(kind: type[Trainer], name: str, data: Rows, settings: BenchmarkArguments, **options) -> Trainer:
+    """Give a trainer that logs and saves nothing."""
+    size = settings.batch_size // 4 if name == "llama" else settings.batch_size
+    defaults = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": size,
+        "max_steps": settings.steps + 3,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": settings.full,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "tau_threshold": 0.99 * size**0.5,  # never passed: off
+    }
+    callbacks = options.pop("callbacks", None)
+    score = {"compute_score_func": options.pop("score")} if "score" in options else {}
+    args = ImportanceTrainingArguments(**{**defaults, **options})
+    trainer = kind(make_model(name, settings.full), args, train_dataset=data, callbacks=callbacks, **score)
+    trainer.log = lambda *_, **__: None  # the figures are not read here
+    return trainer
+
+
+def in_turn(things: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time each thing once a round, in an order that alternates; the first round warms up and is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in things}
+    for turn in range(rounds + 1):
+        for name in list(things) if turn % 2 else list(things)[::-1]:
+            started = now()
+            things[name]()
+            if turn:
+                seconds[name].append(now() - started)
+    return seconds
+
+
+def ratios(over: list[float], under: list[float], factor: float = 1.0) -> str:
+    """Give median, smallest and largest of the ratios round by round."""
+    found = [factor * a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.median(found):6.3f} [{min(found):.3f}, {max(found):.3f}]"
+
+
+def pool_of(trainer: ImportanceTrainer, batches: list) -> Pool:
+    """Give the batches as a pool on the device."""
+    return Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
+
+
+def peak_memory(thing: Callable[[], object]) -> str:
+    """Give the peak of a device's memory, in MiB; on a CPU examples/benchmark_memory.py measures it."""
+    if not torch.cuda.is_available():
+        return "-"
+    torch.cuda.reset_peak_memory_stats()
+    thing()
+    return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"
+
+
+def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print scoring against a bare forward pass under inference_mode, and kappa for each precision."""
+    trainer = make_trainer(ImportanceTrainer, name, data, settings)
+    own = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer_and_scheduler(settings.steps)
+    pool, model = pool_of(trainer, [own]), trainer.model
+    inputs = trainer._head.model_inputs(pool.batches[0])
+
+    def bare() -> None:
+        with evaluation_mode(model), torch.inference_mode():
+            model(**inputs)
+
+    def score(dtype: str | None, compiled: Callable | None = None) -> None:
+        options = (trainer._head, "upper_bound", None, None, trainer._sliced_head, dtype, compiled)
+        score_pool(model, pool, *options).cpu()
+
+    def train() -> None:
+        trainer.training_step(model, dict(own))
+        model.zero_grad()
+
+    things = {"bare": bare, "train": train, "as training": lambda: score(None)}
+    things |= {dtype: lambda dtype=dtype: score(dtype) for dtype in ("fp32", "bf16", "fp16")}
+    if settings.compiled:
+        compiled = torch.compile(model)
+        things |= {"compiled": lambda: score(None, compiled), "compiled bf16": lambda: score("bf16", compiled)}
+    seconds = in_turn(things, settings.rounds)
+    with evaluation_mode(model), torch.no_grad(), autocast_to(model, None):
+        memory = [peak_memory(thing) for thing in (bare, things["as training"])]
+    print(
+        f"{name:7} bare forward {1000 * statistics.median(seconds['bare']):8.1f} ms, ours / bare "
+        f"{ratios(seconds['as training'], seconds['bare'])}, peak MiB {memory[0]} and {memory[1]}; "
+        f"training {1000 * statistics.median(seconds['train']):8.1f} ms"
+    )
+    for kind in things:
+        if kind not in ("bare", "train"):
+            print(f"{'':7} kappa, {kind:14} {ratios(seconds[kind], seconds['train'])}", flush=True)
+
+
+def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print whole optimizer steps: uniform, and by importance against what kappa * B + n predicts."""
+    on = {"tau_threshold": 1 + 1e-9, "presample_ratio": settings.presample_ratio, "scoring_dtype": None}
+    trainer = make_trainer(ImportanceTrainer, name, data, settings, **on)
+    loader = trainer.get_train_dataloader()
+    trainer.create_optimizer_and_scheduler(settings.steps)
+    size = trainer._train_batch_size
+    endless = iter(batch for _ in iter(int, 1) for batch in loader)
+
+    def uniform() -> None:
+        take(*Trainer.get_batch_samples(trainer, endless, 1, trainer.args.device))
+
+    def importance() -> None:
+        take(*trainer._presample([next(endless)], endless))
+
+    def take(batches: list, items: object) -> None:
+        trainer._awaiting = False
+        trainer.training_step(trainer.model, batches[0], items)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    def score_own() -> None:
+        trainer._score([pool_of(trainer, [next(endless)])])
+
+    seconds = in_turn({"uniform": uniform, "importance": importance, "score": score_own}, settings.rounds)
+    kappa = statistics.median(seconds["score"]) / statistics.median(seconds["uniform"])
+    planned = trainer._plan()
+    predicted = kappa * planned.pool / size + planned.kept / size
+    took = statistics.median(seconds["importance"]) / statistics.median(seconds["uniform"])
+    print(
+        f"{name:7} uniform step {1000 * statistics.median(seconds['uniform']):8.1f} ms, kappa {kappa:.3f}: importance "
+        f"step / uniform {ratios(seconds['importance'], seconds['uniform'])}, predicted {predicted:.3f}, "
+        f"took / predicted {took / predicted:.3f}, peak MiB {peak_memory(uniform)} and {peak_memory(importance)}",
+        flush=True,
+    )
 
 
 class StepTimes(TrainerCallback):
@@ -68,132 +263,77 @@ class StepTimes(TrainerCallback):
         return statistics.median(b - a for a, b in zip(self.ends[2:], self.ends[3:], strict=False))
 
 
-def make_model(name: str) -> nn.Module:
-    """Give a model from a config, 10 classes."""
-    torch.manual_seed(0)
-    if name == "vit":
-        sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
-        return ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, num_labels=10, **sizes))
-    if name == "resnet":
-        shape = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
-        return ResNetForImageClassification(ResNetConfig(num_labels=10, **shape))
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-    return BertForSequenceClassification(BertConfig(num_labels=10, **sizes))
-
-
-def make_data(name: str, examples: int = 1024) -> Dataset:
-    """Give random inputs of the model's shape: the time of a step does not depend on what they are."""
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 10, examples)
-    if name == "bert":
-        tokens = generator.integers(0, 30000, (examples, 64))
-        columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
-    else:
-        side = 32 if name == "vit" else 64
-        columns = {"pixel_values": generator.random((examples, 3, side, side), dtype=np.float32), "labels": labels}
-    return Dataset.from_dict(columns).with_format("torch")
-
-
-def make_trainer(kind: type[Trainer], name: str, data: Dataset, settings: BenchmarkArguments) -> tuple:
-    """Give a trainer whose switch stays off, and the callback that times its steps."""
-    times = StepTimes()
-    args = ImportanceTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=settings.batch_size,
-        max_steps=settings.steps + 3,
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        tau_threshold=0.99 * settings.batch_size**0.5,
+def off(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print a step of ImportanceTrainer while off against one of the plain Trainer, whole runs in turn."""
+    seconds: dict[type, list[float]] = {Trainer: [], ImportanceTrainer: []}
+    for turn in range(settings.rounds):
+        for kind in (Trainer, ImportanceTrainer) if turn % 2 else (ImportanceTrainer, Trainer):
+            times = StepTimes()
+            make_trainer(kind, name, data, settings, callbacks=[times]).train()
+            seconds[kind].append(times.median())
+    print(
+        f"{name:7} plain step {1000 * statistics.median(seconds[Trainer]):8.1f} ms, off / plain "
+        f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, "
+        f"what off adds {1000 * added_while_off(name, data, settings):.2f} ms",
+        flush=True,
     )
-    trainer = kind(model=make_model(name), args=args, train_dataset=data, callbacks=[times])
-    return trainer, times
 
 
-def overhead_while_off(name: str, data: Dataset, settings: BenchmarkArguments) -> tuple[float, list[float]]:
-    """Give the plain Trainer's seconds a step, and the ratio of ours to it, pair by pair."""
-    ratios, plain_seconds = [], []
-    for pair in range(settings.pairs):
-        seconds = {}
-        for kind in (Trainer, ImportanceTrainer) if pair % 2 == 0 else (ImportanceTrainer, Trainer):
-            trainer, times = make_trainer(kind, name, data, settings)
-            trainer.log = lambda *_, **__: None  # prints nothing; the figures are not read here
+def added_while_off(name: str, data: Rows, settings: BenchmarkArguments) -> float:
+    """Give the seconds of all that a switched-off step does more: score the logits, read the sums, average."""
+    trainer = make_trainer(ImportanceTrainer, name, data, settings)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        outputs = trainer.model(**trainer._head.model_inputs(batch))
+    found = []
+    for _ in range(settings.rounds + 2):
+        started = now()
+        trainer._keep_scores(outputs, batch, None)
+        trainer._awaiting = True
+        trainer._report.step(False)
+        trainer._settle()
+        found.append(now() - started)
+    return statistics.median(found[2:])
+
+
+def alike(outputs: object, labels: Tensor) -> Tensor:
+    """Score all examples the same: nothing is to be won."""
+    return torch.ones(len(labels), device=labels.device)
+
+
+def no_harm(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print a whole run with everything automatic and nothing to win, against one of the plain Trainer."""
+    seconds: dict[type, list[float]] = {Trainer: [], ImportanceTrainer: []}
+    automatic = {"presample_ratio": "auto", "tau_threshold": "auto", "max_steps": settings.run_steps}
+    for turn in range(settings.rounds):
+        for kind in (Trainer, ImportanceTrainer) if turn % 2 else (ImportanceTrainer, Trainer):
+            options = automatic | ({"score": alike} if kind is ImportanceTrainer else {})
+            trainer = make_trainer(kind, name, data, settings, **options)
+            started = now()
             trainer.train()
-            seconds[kind] = times.median()
-        ratios.append(seconds[ImportanceTrainer] / seconds[Trainer])
-        plain_seconds.append(seconds[Trainer])
-    return statistics.median(plain_seconds), ratios
+            seconds[kind].append(now() - started)
+    print(
+        f"{name:7} {settings.run_steps} steps: plain {statistics.median(seconds[Trainer]):8.1f} s, ours / plain "
+        f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, kappa {trainer_kappa(trainer)}",
+        flush=True,
+    )
 
 
-PARTS = ("own batch", "presample", "score", "resample", "train", "off")
-
-
-def added_while_off(trainer: ImportanceTrainer, batch: dict) -> None:
-    """Do all that a switched-off step does more than the plain Trainer's: score the logits, read the sums, average."""
-    outputs = {"logits": torch.zeros(len(batch["labels"]), 10, device=batch["labels"].device)}
-    score = score_outputs(outputs, batch, trainer._head, "upper_bound", None)
-    trainer._pending.append((score, trainer._head.items(batch)))
-    trainer._awaiting = True
-    trainer._report.uniform_batch(batch_size_of(batch))
-    trainer._report.step(False)
-    trainer._settle()
-
-
-def parts_of_a_step(name: str, data: Dataset, settings: BenchmarkArguments) -> dict[str, float]:
-    """Give the median seconds of each part of an importance step, one after the other, and of what off adds."""
-    trainer, _ = make_trainer(ImportanceTrainer, name, data, settings)
-    loader = trainer.get_train_dataloader()
-    trainer.create_optimizer_and_scheduler(settings.steps)
-    own_batches = iter(loader)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
-    for step in range(settings.steps + 1):
-        marks = [now()]
-        own = next(own_batches)
-        marks.append(now())
-        reserve = list(trainer._reserve_batches(own_batches))
-        pool = Pool([trainer._prepare_inputs(batch) for batch in (own, *reserve)], trainer._padding())
-        marks.append(now())
-        scores = score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None).cpu()
-        marks.append(now())
-        drawn = draw(pool, scores, torch.ones(len(reserve) + 1), "systematic", torch.Generator().manual_seed(step))
-        marks.append(now())
-        trainer.training_step(trainer.model, drawn.batch)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-        marks.append(now())
-        added_while_off(trainer, own)
-        marks.append(now())
-        if step:  # the first one warms up
-            for part, before, after in zip(times, marks, marks[1:], strict=False):
-                times[part].append(after - before)
-    return {part: statistics.median(values) for part, values in times.items()}
+def trainer_kappa(trainer: Trainer) -> str:
+    """Give the kappa that a trainer measured, if it did."""
+    return f"{trainer._meter.kappa:.3f}" if isinstance(trainer, ImportanceTrainer) else "-"
 
 
 def main() -> None:
-    """Print one table for the switched-off trainer and one for the importance step."""
+    """Print every part for every model."""
     (settings,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {settings.batch_size}")
-    print(
-        f"\n{'model':8} {'plain ms/step':>14} {'ours / plain, off':>18} {'min':>7} {'max':>7}  {settings.pairs} pairs"
-    )
-    for name in settings.models:
-        plain, ratios = overhead_while_off(name, make_data(name), settings)
-        print(
-            f"{name:8} {1000 * plain:14.1f} {statistics.median(ratios):18.4f} {min(ratios):7.4f} {max(ratios):7.4f}",
-            flush=True,
-        )
-    heads = (
-        f"{'own batch':>10} {'presample':>10} {'score':>8} {'resample':>9} {'train':>8} {'off':>8} {'off/plain':>10}"
-    )
-    print(f"\n{'model':8} {heads}   (ms)")
-    for name in settings.models:
-        parts = parts_of_a_step(name, make_data(name), settings)
-        row = " ".join(
-            f"{1000 * parts[part]:{width}.1f}" for part, width in zip(parts, (10, 10, 8, 9, 8, 8), strict=True)
-        )
-        print(f"{name:8} {row} {parts['off'] / (parts['own batch'] + parts['train']):10.2%}", flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device}, batch {settings.batch_size}, {settings.rounds} rounds")
+    for part in settings.parts:
+        print(f"\n{part}")
+        for name in settings.models:
+            data = Rows(make_data(name, settings.full))
+            {"scoring": scoring, "step": step, "off": off, "no_harm": no_harm}[part](name, data, settings)
 
 
 if __name__ == "__main__":

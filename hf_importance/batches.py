@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,25 @@ def isolated_rng(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def reserve_unit(batch_size: int) -> int:
+    """Give the examples in one reserve batch where a pool's size follows the cost rule: a quarter of a batch."""
+    return max(batch_size // 4, 1)
+
+
+def reserve_sizes(batch_size: int, ratio: float | None, examples: int) -> list[int]:
+    """Give the sizes of the reserve batches whose examples are distinct: those of a pool, or of four batches.
+
+    Args:
+        batch_size: ``b``.
+        ratio: ``B / b``, or None where it follows the cost rule.
+        examples: Length of the dataset.
+    """
+    if ratio is None:
+        unit = reserve_unit(batch_size)
+        return [unit] * max(min(4 * batch_size, examples) // unit, 1)
+    return split_evenly(math.ceil(batch_size * ratio) - batch_size, batch_size)
+
+
 def split_evenly(total: int, largest: int) -> list[int]:
     """Split ``total`` into the fewest parts of at most ``largest``, as even as can be.
 
@@ -64,15 +84,16 @@ def fetch(dataset: Any, indices: list[int]) -> list[Any]:
     return [dataset[index] for index in indices]
 
 
-def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int]) -> DataLoader:
+def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], batches_ahead: int = 1) -> DataLoader:
     """Give a loader of ready batches with the workers, the pinning and the prefetching of another.
 
     Args:
         like: The Trainer's own loader.
         batches: Gives a collated batch for each position.
         positions: Which batches, in order.
+        batches_ahead: How many of them workers load ahead for each batch that the other's do.
     """
-    workers = {"prefetch_factor": like.prefetch_factor} if like.num_workers else {}
+    workers = {"prefetch_factor": like.prefetch_factor * batches_ahead} if like.num_workers else {}
     return DataLoader(
         batches,
         sampler=positions,  # pyright: ignore[reportArgumentType]
@@ -125,13 +146,19 @@ class ReserveDataset(Dataset):
 class Reserve:
     """Endless iterator over the batches of a :class:`ReserveDataset`, loaded as the Trainer's own loader does.
 
+    Args:
+        dataset: The batches.
+        like: The Trainer's loader.
+        position: Where to begin.
+        batches_ahead: How many reserve batches workers load ahead for each batch that the Trainer's do.
+
     Attributes:
         position: How many batches were handed out since the start of training.
     """
 
-    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int) -> None:
+    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int, batches_ahead: int = 1) -> None:
         self.position = position
-        self._batches = iter(loader_like(like, dataset, itertools.count(position)))
+        self._batches = iter(loader_like(like, dataset, itertools.count(position), batches_ahead))
 
     def __iter__(self) -> Reserve:
         """Give itself."""
@@ -223,6 +250,50 @@ def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
     return padded
 
 
+# Entries of a batch of text that have one column a token.
+TOKEN_ENTRIES = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels", "shift_labels"}
+)
+
+
+def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[Any] | None:
+    """Put texts of alike length into one batch each and cut the padding that this saves.
+
+    Args:
+        batches: Batches on the CPU, so that looking at their lengths waits for no device.
+        size: Rows of a new batch, at most.
+        padding: How the batches were padded.
+
+    Returns:
+        The new batches, all rows in order of their length; None where nothing is known to be saved: no attention
+        mask, padding on the left (cutting it would move positions), or entries whose columns may mean something else.
+    """
+    mask = batches[0].get("attention_mask") if isinstance(batches[0], Mapping) else None
+    if mask is None or mask.dim() != 2 or mask.device.type != "cpu" or padding.side != "right":
+        return None
+    if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batches[0].items()):
+        return None
+    merged = merge_rows(batches, [torch.arange(batch_size_of(batch)) for batch in batches], padding)
+    columns = torch.arange(1, merged["attention_mask"].shape[1] + 1)
+    lengths = (merged["attention_mask"] * columns).amax(dim=1)
+    sorted_batches = []
+    for rows in lengths.argsort(stable=True).split(split_evenly(len(lengths), size)):
+        batch, width = merge_rows([merged], [rows], padding), int(lengths[rows].max())
+        for name, value in batch.items():
+            if _may_cut(name, value, len(columns), width):
+                batch[name] = value[:, :width].contiguous()  # some models view their inputs
+        sorted_batches.append(batch)
+    return sorted_batches
+
+
+def _may_cut(name: str, value: Any, columns: int, width: int) -> bool:
+    """Say whether all that an entry holds behind column ``width`` is padding."""
+    if name not in TOKEN_ENTRIES or not isinstance(value, Tensor) or value.shape[1:] != (columns,):
+        return False
+    # Labels may be those of a decoder, or several an example, and by chance as many as the text has tokens.
+    return not name.endswith("labels") or bool((value[:, width:] == IGNORED_LABEL).all())
+
+
 class Pool:
     """The ``B`` examples of one importance step, as the batches they came in.
 
@@ -245,8 +316,13 @@ class Pool:
         if size is None:
             yield from self.batches
             return
+        starts = dict(zip(itertools.accumulate(self.sizes, initial=0), self.batches, strict=False))
         for start in range(0, len(self), size):
-            yield self.take(torch.arange(start, min(start + size, len(self))))[0]
+            rows = min(size, len(self) - start)
+            if start in starts and batch_size_of(starts[start]) == rows:
+                yield starts[start]  # as it came, without a copy
+            else:
+                yield self.take(torch.arange(start, start + rows))[0]
 
     def take(self, index: Tensor) -> tuple[Any, Tensor]:
         """Gather examples into one batch.

@@ -7,7 +7,6 @@ checkpoint, so there is no moment at which a checkpoint is whole without it. Whi
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -20,11 +19,24 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_importance.batches import reserve_sizes
 from hf_importance.history import Averages
 from hf_importance.reporting import Totals
 from hf_importance.sampling import Resampling
-from hf_importance.schema import COUNT, FLAG, Nullable, Schema, check, choice, integer, number, optional, shortened
-from hf_importance.training_args import METHODS, SCORES
+from hf_importance.schema import (
+    COUNT,
+    FLAG,
+    Field,
+    Nullable,
+    Schema,
+    check,
+    choice,
+    integer,
+    number,
+    optional,
+    shortened,
+)
+from hf_importance.training_args import AUTO, METHODS, SCORES
 
 VERSION = 1
 TENSORS_NAME = "importance_history.safetensors"
@@ -33,7 +45,10 @@ TENSORS_NAME = "importance_history.safetensors"
 SETTINGS: dict[str, tuple[Schema, str]] = {
     "importance_method": (choice(*METHODS), "scores remembered so far are of no use to another method"),
     "importance_score": (choice(*SCORES), "tau forgets the old scores at the rate of tau_momentum"),
-    "presample_ratio": (number(1, 1e6), "the reserve goes on behind the pools already drawn"),
+    "presample_ratio": (
+        Field("a number from 1 to 1e+06, or 'auto'", lambda value: value == AUTO or number(1, 1e6).accepts(value)),
+        "the reserve goes on behind the pools already drawn",
+    ),
     "resampling": (choice(*get_args(Resampling)), "it holds from the next step on"),
     "tau_threshold": (number(1, 1e9), "it holds from the next step on"),
     "tau_momentum": (number(0, 1), "it holds from the next step on"),
@@ -70,6 +85,7 @@ STATE: dict[str, Schema] = {
     "switch": {"tau": number(1 - 1e-6, 1e9), "active": FLAG, "switches": COUNT},
     "totals": {field.name: COUNT for field in fields(Totals)},
     "reserve_position": COUNT,
+    "kappa": optional(number(0.001, 0.99)),
     "stream": {"passes": COUNT, "drawn": COUNT},
     "loss_over_step": optional(FLAG),
     "history": Nullable(HISTORY),
@@ -198,9 +214,10 @@ def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> st
 
 
 def reserve_batches_per_pool(settings: Mapping[str, Any]) -> int:
-    """Give how many batches of the reserve complete one pool."""
-    size = settings["per_device_train_batch_size"]
-    return -(-(math.ceil(size * settings["presample_ratio"]) - size) // size)
+    """Give how many batches of the reserve complete one pool, or have distinct examples where pools differ in size."""
+    size, ratio = settings["per_device_train_batch_size"], settings["presample_ratio"]
+    examples = settings.get("train_dataset length")
+    return len(reserve_sizes(size, None if ratio == AUTO else ratio, 4 * size if examples is None else examples))
 
 
 def resumed_position(position: int, saved: Mapping[str, Any], current: Mapping[str, Any]) -> int:

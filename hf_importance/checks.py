@@ -37,18 +37,19 @@ def unknown_head(model: nn.Module) -> str:
     )
 
 
-def check_dataset(examples: int, batch_size: int, presample_ratio: float) -> None:
+def check_dataset(examples: int, batch_size: int, presample_ratio: float | None) -> None:
     """Refuse a dataset from which no pool can be drawn.
 
     Raises:
-        ValueError: It has fewer examples than a pool.
+        ValueError: It has fewer examples than a pool, two batches where its size follows the cost rule.
     """
-    pool = math.ceil(batch_size * presample_ratio)
+    pool = 2 * batch_size if presample_ratio is None else math.ceil(batch_size * presample_ratio)
     if examples < pool:
+        said = "auto" if presample_ratio is None else f"{presample_ratio:g} times a batch of {batch_size}"
         raise ValueError(
             f"train_dataset has {examples} examples, fewer than the pool of {pool} that an importance step scores "
-            f"(presample_ratio={presample_ratio:g} times a batch of {batch_size}). What to do: lower "
-            "per_device_train_batch_size or presample_ratio, or train with importance_sampling=False."
+            f"(presample_ratio={said}). What to do: lower per_device_train_batch_size or presample_ratio, or train "
+            "with importance_sampling=False."
         )
 
 
@@ -167,9 +168,10 @@ def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batc
         "(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below "
         f"{highest:.3g}."
     )
-    if settings.tau_threshold is not None and batch_size == args.train_batch_size:
+    derived = settings.tau_threshold is None or settings.threshold_follows_kappa
+    if not derived and batch_size == args.train_batch_size:
         raise ValueError(message.format(which="given"))
-    which = "derived" if settings.tau_threshold is None else "given"
+    which = "derived" if derived else "given"
     logger.warning("Importance sampling will stay off: %s", message.format(which=which))
 
 

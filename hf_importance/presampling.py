@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from hf_importance import scores
@@ -32,6 +33,36 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextlib.contextmanager
+def autocast_to(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Let the model compute in ``dtype`` inside the block, whatever precision it trains in.
+
+    Whatever the precision of the scores, the probabilities that they give are known exactly and undone by the
+    weights: lower precision moves which examples are drawn, never what the gradient is an estimate of.
+
+    Args:
+        model: The module that is called.
+        dtype: ``"bf16"``, ``"fp16"``, ``"fp32"``, or None: as in training.
+    """
+    if dtype is None:
+        yield
+        return
+    # Under mixed precision accelerate has wrapped `forward` in an autocast of its own, which would win.
+    wrapping = ("forward", "_original_forward")
+    wrapped = {name: vars(model)[name] for name in wrapping if name in vars(model)}
+    if "_original_forward" in wrapped:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    device = next(model.parameters()).device.type
+    try:
+        with torch.autocast(device, DTYPES[dtype], enabled=dtype != "fp32"):
+            yield
+    finally:
+        vars(model).update(wrapped)
 
 
 def score_outputs(
@@ -85,6 +116,8 @@ def score_pool(
     function: Callable[[Any, Tensor], Tensor] | None,
     batch_size: int | None,
     sliced: SlicedHead | None = None,
+    dtype: str | None = None,
+    compiled: Callable[..., Any] | None = None,
     passes: int = 0,
 ) -> Tensor:
     """Score all examples of a pool, without dropout, without gradients, and without moving BatchNorm's statistics.
@@ -97,13 +130,16 @@ def score_pool(
         function: The user's score, which takes the place of ``kind``.
         batch_size: Examples in one forward pass; None: the batches as they came.
         sliced: Scores a language model without all its logits, if given.
+        dtype: Precision of the forward pass; see :func:`autocast_to`.
+        compiled: The same model, compiled, if it is to score; where slices are worth it the model itself does.
         passes: Forward passes to make at least. What is missing is made up for with the last batch again: a model
             that is sharded over ranks waits in each pass for all of them.
 
     Returns:
         Shape ``(B,)``, float32, in the order of the pool, on the model's device.
     """
-    with evaluation_mode(model):
+    forward = model if compiled is None else compiled
+    with evaluation_mode(model), autocast_to(model, dtype):
         if kind == "gradient_norm" and function is None:
             return _gradient_norms(model, pool, head)
         with torch.no_grad():
@@ -113,7 +149,7 @@ def score_pool(
                 if sliced is not None and function is None and sliced.applies(batch):
                     result = sliced.scores(model, batch, kind)
                 if result is None:
-                    result = score_outputs(model(**head.model_inputs(batch)), batch, head, kind, function)
+                    result = score_outputs(forward(**head.model_inputs(batch)), batch, head, kind, function)
                 found.append(counted(result, batch))
             for _ in range(passes - len(found)):
                 model(**head.model_inputs(batch))
@@ -135,26 +171,50 @@ class Draw:
     distinct: int
 
 
-def draw(pool: Pool, pool_scores: Tensor, method: Resampling, generator: torch.Generator) -> Draw:
-    """Draw as many examples from a scored pool as the Trainer's own batch, its first, has.
+def draw(
+    pool: Pool,
+    pool_scores: Tensor,
+    method: Resampling,
+    generator: torch.Generator,
+    kept: int,
+    share: float,
+) -> Draw:
+    """Draw examples from a scored pool.
 
     Args:
         pool: The examples.
         pool_scores: Score of each, non-negative; on the CPU, shape ``(B,)``.
         method: ``"systematic"`` or ``"multinomial"``.
         generator: Source of randomness, on the CPU.
+        kept: How many to draw, ``n``.
+        share: As for :func:`stand_for`.
     """
-    size = pool.sizes[0]
-    index, weights = resample(pool_scores, size, method, generator)
+    index, weights = resample(pool_scores, kept, method, generator)
+    return stand_for(pool, index, weights, share)
+
+
+def stand_for(pool: Pool, index: Tensor, weights: Tensor, share: float) -> Draw:
+    """Make the batch of drawn examples that stands for the Trainer's own batch, the first of the pool.
+
+    Args:
+        pool: The examples.
+        index: Which of them were drawn, shape ``(n,)``.
+        weights: Their importance weights, which leave the mean over them unbiased, shape ``(n,)``.
+        share: Share of a batch that the optimizer step keeps, the same for all its batches and ranks, by which its
+            item count is multiplied too. Rounding makes of it ``n / b``, which differs where batches differ in size;
+            the loss weighs each batch by ``b`` all the same, as the uniform step does.
+    """
+    own = pool.sizes[0]
     batch, order = pool.take(index)
     weights = weights[order].float()
-    return Draw(_weighted(batch, weights), weights, len(index.unique()))
+    given = _weighted(batch, weights * (share * own / len(index)))
+    return Draw(given, weights, len(index.unique()))
 
 
-def keep_own(pool: Pool) -> Draw:
-    """Keep the Trainer's own batch of a pool, each example with weight 1."""
+def keep_own(pool: Pool, share: float) -> Draw:
+    """Keep the Trainer's own batch of a pool, each example with weight 1; arguments as for :func:`draw`."""
     weights = torch.ones(pool.sizes[0])
-    return Draw(_weighted(pool.batches[0], weights), weights, pool.sizes[0])
+    return Draw(_weighted(pool.batches[0], weights * share), weights, pool.sizes[0])
 
 
 def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Trainer's. While the switch is off nothing else happens, and the run is the plai
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -39,7 +40,9 @@ from hf_importance.batches import (
     ReserveDataset,
     batch_size_of,
     key_to_seed,
-    split_evenly,
+    reserve_sizes,
+    reserve_unit,
+    sort_by_length,
 )
 from hf_importance.checkpoint import (
     ImportanceStateCallback,
@@ -50,7 +53,9 @@ from hf_importance.checkpoint import (
     saved_state,
 )
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
+from hf_importance.kappa import KappaMeter
 from hf_importance.lockstep import Lockstep
+from hf_importance.planning import PlanningMixin
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
 from hf_importance.remembering import Remembering
 from hf_importance.reporting import PREFIX, Report, Totals
@@ -58,16 +63,15 @@ from hf_importance.streams import Stream
 from hf_importance.switching import Switch, tau_from_sums
 from hf_importance.training_args import ImportanceArguments
 from hf_importance.visits import IndexedCollator, IndexedDataset
-from hf_importance.weighted_loss import WeightedLossMixin
 from hf_importance.whole_checkpoints import STATE_FILE, HalfWritten, check_whole, checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 
 
-class ImportanceMixin(WeightedLossMixin):
+class ImportanceMixin(PlanningMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``, ``log`` and
+    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log`` and
     ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
 
     Args:
@@ -91,6 +95,7 @@ class ImportanceMixin(WeightedLossMixin):
         self.importance_args = given if isinstance(given, ImportanceArguments) else ImportanceArguments()
         self.compute_score_func = compute_score_func
         self._sampling = self.importance_args.importance_sampling
+        self._compiled: tuple[nn.Module, Callable[..., Any]] | None = None
         self._look_at_model()
         if self._sampling:
             check_setup(self.importance_args, self.args)
@@ -104,6 +109,7 @@ class ImportanceMixin(WeightedLossMixin):
     def _begin_importance(self) -> None:
         settings = self.importance_args
         self._switch = Switch(settings.threshold, settings.tau_momentum)
+        self._meter = KappaMeter(self.args.device)
         self._report = Report(self._sum_over_ranks)
         self._reserve: Reserve | None = None
         self._reserve_start = 0
@@ -134,6 +140,7 @@ class ImportanceMixin(WeightedLossMixin):
             self._report.totals = Totals(**saved["totals"])
             self._loss_scale.over_step = saved["loss_over_step"]
             self._resumed_history = saved["history"]
+            self._meter.load(saved["kappa"])
             current = self._settings()
             self._reserve_start = resumed_position(saved["reserve_position"], saved["settings"], current)
             changed = changed_settings(saved["settings"], current)
@@ -144,6 +151,8 @@ class ImportanceMixin(WeightedLossMixin):
                     self.state.global_step,
                     changed,
                 )
+        if self.importance_args.threshold_follows_kappa:
+            self._switch.follow_costs(self._meter.kappa)
         if isinstance(self._train_loader.dataset, IterableDataset):
             self._stream = self._stream_at(saved)
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
@@ -196,6 +205,7 @@ class ImportanceMixin(WeightedLossMixin):
             "step": self.state.global_step,
             "switch": self._switch.state_dict(),
             "reserve_position": self._reserve_start if self._reserve is None else self._reserve.position,
+            "kappa": self._meter.kappa if self._meter.measured else None,
             "stream": stream,
             "loss_over_step": self._loss_scale.over_step,
             "history": None if self._remembering is None else self._remembering.history.state_dict(),
@@ -247,7 +257,7 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
             if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
                 check_threshold(settings, self.args, self._train_batch_size)
-            check_dataset(len(data), self._train_batch_size, settings.presample_ratio)
+            check_dataset(len(data), self._train_batch_size, settings.ratio)
         self._train_loader = super().get_train_dataloader()
         return self._train_loader
 
@@ -285,6 +295,7 @@ class ImportanceMixin(WeightedLossMixin):
             epoch_iterator = self._in_step(epoch_iterator, num_batches, given)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
+        self._step_mark = self._mark()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._head is None or not batches:
             return batches, num_items
@@ -307,10 +318,12 @@ class ImportanceMixin(WeightedLossMixin):
             check_batch(batches[0], self._train_batch_size)
         if self._remembers or not self._switch.active:
             self._settle(counting=True)
+        self._learn_kappa()
         self._mark_step()
         self._report.step(self._switch.active)
         if self._switch.active:
             return self._presample(batches, epoch_iterator)
+        self._probe(batches, self._step_mark)
         for batch in batches:
             self._report.uniform_batch(batch_size_of(batch))
         self._awaiting = True
@@ -380,13 +393,18 @@ class ImportanceMixin(WeightedLossMixin):
         return self._lockstep.take(epoch_iterator, num_batches, epoch)
 
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
-        """Replace each micro-batch by one of its size, drawn by importance from itself and the reserve."""
+        """Replace each micro-batch by examples drawn by importance from itself and the reserve."""
         started = time.perf_counter()
+        planned = self._plan()
+        share = planned.kept / self._train_batch_size
         pools = []
         for batch in batches:
-            own_and_reserve = [batch, *self._reserve_batches(epoch_iterator)]
+            own_and_reserve = [batch, *self._reserve_batches(epoch_iterator, planned.pool)]
             pools.append(Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding()))
-        scores, items = self._score(pools)
+        examples = sum(len(pool) for pool in pools)
+        self._meter.add("wait", self._step_mark, examples)
+        mark = self._mark()
+        scores, items = self._score(pools, self._passes(planned.pool))
         together = torch.cat(scores)
         # What a uniform step would have counted in expectation, and what the own batches count.
         shares = sum(float(found.sum()) * pool.sizes[0] / len(pool) for pool, found in zip(pools, items, strict=True))
@@ -398,41 +416,29 @@ class ImportanceMixin(WeightedLossMixin):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
                 generator = torch.Generator().manual_seed(seed)
-                found = draw(pool, pool_scores, self.importance_args.resampling, generator)
+                kept = max(round(share * pool.sizes[0]), 1)
+                found = draw(pool, pool_scores, self.importance_args.resampling, generator, kept, share)
             else:
-                found = keep_own(pool)
+                found = keep_own(pool, share)
             self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])
             drawn.append(found.batch)
-        step_items = (summed[3:] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
+        step_items = share * (summed[3:] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
         if step_items == 0:
             raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
         self._step_items = step_items
-        self._report.scored(len(together), time.perf_counter() - started)
+        self._meter.add("score", mark, examples)
+        self._report.scored(examples, time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
 
-    def _score(self, pools: list[Pool]) -> tuple[list[Tensor], list[Tensor]]:
+    def _score(self, pools: list[Pool], passes: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """Give the scores of each pool, and the item count of each of its batches; on the CPU, float64."""
         settings, scores, items = self.importance_args, [], []
         following = self._batch_norm if settings.batch_norm in ("batch", "weighted", "running") else []
         if self._weighted_batch_norm is not None:
             self._weighted_batch_norm.weights = None
-        # DeepSpeed's engine, so that ZeRO-3 gathers the parameters; FSDP's module is self.model itself. DDP's wrapper
-        # would only synchronise buffers once more.
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         for pool in pools:
             with follow_pool(following, self._sum_tensor_over_ranks):
-                scores.append(
-                    score_pool(
-                        model,
-                        pool,
-                        self._head,
-                        settings.importance_score,
-                        self.compute_score_func,
-                        settings.scoring_batch_size,
-                        self._sliced_head,
-                        self._passes,
-                    )
-                )
+                scores.append(self._score_pool(pool, passes))
             items += [self._loss_scale.items(batch) for batch in pool.batches]
         # The one wait for the device of an importance step: scores and counts come to the host together.
         on_host = torch.cat([*scores, torch.stack(items)]).cpu().double()
@@ -440,15 +446,48 @@ class ImportanceMixin(WeightedLossMixin):
         all_scores, all_items = on_host.split([sum(sizes), len(items)])
         return list(all_scores.split(sizes)), list(all_items.split([len(pool.sizes) for pool in pools]))
 
-    @property
-    def _passes(self) -> int:
+    def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
+        settings = self.importance_args
+        size = settings.scoring_batch_size
+        if size is None and settings.ratio is None:
+            size = self._train_batch_size  # the reserve then comes in smaller pieces
+        return score_pool(
+            # DeepSpeed's engine, so that ZeRO-3 gathers the parameters; FSDP's module is self.model itself. DDP's
+            # wrapper would only synchronise buffers once more.
+            self.model_wrapped if self.is_deepspeed_enabled else self.model,
+            pool,
+            self._head,
+            settings.importance_score,
+            self.compute_score_func,
+            size,
+            self._sliced_head,
+            settings.scoring_dtype,
+            self._compiled_model(),
+            passes,
+        )
+
+    def _compiled_model(self) -> Callable[..., Any] | None:
+        """Give the model as ``torch_compile`` compiles it, without what wraps it for several ranks, or None.
+
+        Where running statistics follow the pool, hooks have to run, which a compiled model leaves out.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        hooked = self._batch_norm and self.importance_args.batch_norm in ("batch", "weighted", "running")
+        if not self.args.torch_compile or sharded or hooked:
+            return None
+        if self._compiled is None or self._compiled[0] is not self.model:
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            self._compiled = self.model, torch.compile(self.model, backend=backend, mode=mode)
+        return self._compiled[1]
+
+    def _passes(self, pool: int) -> int:
         """Forward passes that scoring a pool takes on every rank, where one may find fewer batches than another."""
         sharded = self._ranks > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if not (sharded and isinstance(self._train_loader.dataset, IterableDataset)):
             return 0
         size = self._train_batch_size
-        batch_size = self.importance_args.scoring_batch_size or size
-        return math.ceil(size * (1 + len(self._reserve_sizes)) / batch_size)
+        batches = 1 + -(-(pool - size) // size)
+        return math.ceil(size * batches / (self.importance_args.scoring_batch_size or size))
 
     def _keep_scores(self, outputs: Any, batch: dict[str, Any], index: Tensor | None) -> None:
         """Keep, on the device, what the logits of a training pass say."""
@@ -565,7 +604,7 @@ class ImportanceMixin(WeightedLossMixin):
 
     def _method_entries(self) -> dict[str, float]:
         if self._remembering is None:
-            return {"tau_threshold": self._switch.threshold}
+            return {"tau_threshold": self._switch.threshold, "kappa": self._meter.kappa}
         return self._remembering.log_entries(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -581,23 +620,22 @@ class ImportanceMixin(WeightedLossMixin):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    @property
-    def _reserve_sizes(self) -> list[int]:
-        size = self._train_batch_size
-        return split_evenly(math.ceil(size * self.importance_args.presample_ratio) - size, size)
+    def _reserve_batches(self, epoch_iterator: Iterator, pool: int) -> list[Any]:
+        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one.
 
-    def _reserve_batches(self, epoch_iterator: Iterator) -> Iterator[Any]:
-        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
-        sizes, loader = self._reserve_sizes, self._train_loader
+        Texts that are still on the host come sorted by length.
+        """
+        settings, size, loader = self.importance_args, self._train_batch_size, self._train_loader
         if isinstance(loader.dataset, IterableDataset):
-            for _, batch in zip(sizes, epoch_iterator, strict=False):
-                yield batch
-            return
+            return list(itertools.islice(epoch_iterator, -(-(pool - size) // size)))
+        sizes = reserve_sizes(size, settings.ratio, len(loader.dataset))
         if self._reserve is None:
             source = ReserveDataset(loader.dataset, loader.collate_fn, sizes, self._data_seed, self.args.process_index)
-            self._reserve = Reserve(source, loader, self._reserve_start)
-        for _ in sizes:
-            yield next(self._reserve)
+            ahead = 8 if settings.ratio is None else len(sizes)  # two batches where they come in quarters
+            self._reserve = Reserve(source, loader, self._reserve_start, ahead)
+        wanted = (pool - size) // reserve_unit(size) if settings.ratio is None else len(sizes)
+        batches = list(itertools.islice(self._reserve, wanted))
+        return sort_by_length(batches, settings.scoring_batch_size or size, self._padding()) or batches
 
     def _padding(self) -> Padding:
         # Who pads knows how: the collator's tokenizer, else the processing class or the tokenizer in it.

@@ -8,12 +8,15 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
+from hf_importance.costs import ASSUMED_KAPPA, Budget, pays_above
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
 METHODS = ("presample", "history")
-BUDGETS = ("variance", "constant_variance", "constant_time")
+BUDGETS = get_args(Budget)
 SCORES = ("upper_bound", "loss", "gradient_norm")
+SCORING_DTYPES = ("bf16", "fp16", "fp32")
+AUTO = "auto"  # follow the cost rule from the measured kappa
 BATCH_NORM_POLICIES = ("untouched", "batch", "weighted", "running", "frozen")
 
 
@@ -64,9 +67,13 @@ class ImportanceArguments:
             "for ablation)."
         },
     )
-    presample_ratio: float = field(
+    # None stands in the type of this and the next field so that HfArgumentParser reads a number or a word.
+    presample_ratio: float | str | None = field(
         default=3.0,
-        metadata={"help": "Examples scored for each one that is trained on, B / b. Above 1."},
+        metadata={
+            "help": "Examples scored in an importance step for each one of the batch, B / b. Above 1, or 'auto': what "
+            "is cheapest for the measured kappa and tau."
+        },
     )
     resampling: str = field(
         default="systematic",
@@ -75,10 +82,11 @@ class ImportanceArguments:
             "has it)."
         },
     )
-    tau_threshold: float | None = field(
+    tau_threshold: float | str | None = field(
         default=None,
         metadata={
-            "help": "Tau above which importance sampling is on. Above 1; by default (B + 3b) / (3b), the paper's."
+            "help": "Tau above which importance sampling is on. Above 1, or 'auto': 1 / (1 - sqrt(kappa)) with the "
+            "measured kappa; by default (B + 3b) / (3b), the paper's, and 'auto' where presample_ratio is."
         },
     )
     tau_momentum: float = field(
@@ -88,6 +96,13 @@ class ImportanceArguments:
     scoring_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
+    )
+    scoring_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the scoring forward pass, by autocast: 'bf16', 'fp16' or 'fp32'. By default that of "
+            "training."
+        },
     )
     batch_norm: str = field(
         default="untouched",
@@ -115,16 +130,19 @@ class ImportanceArguments:
         _check_choice("importance_score", self.importance_score, SCORES)
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("resampling", self.resampling, get_args(Resampling))
-        if not (math.isfinite(self.presample_ratio) and self.presample_ratio > 1):
-            raise ValueError(
-                f"presample_ratio must be a finite number above 1, but it is {self.presample_ratio}. It says how many "
-                "examples are scored for each one trained on; 3 is the default."
-            )
-        if self.tau_threshold is not None and not (math.isfinite(self.tau_threshold) and self.tau_threshold > 1):
-            raise ValueError(
-                f"tau_threshold must be a finite number above 1, but it is {self.tau_threshold}. tau is never below "
-                "1, so importance sampling would always be on; leave it None for the threshold derived from "
-                "presample_ratio."
+        if self.scoring_dtype is not None:
+            _check_choice("scoring_dtype", self.scoring_dtype, SCORING_DTYPES)
+        self.presample_ratio = _number_or_auto(
+            "presample_ratio",
+            self.presample_ratio,
+            "It says how many examples are scored for each one of the batch; 3 is the default.",
+        )
+        if self.tau_threshold is not None:
+            self.tau_threshold = _number_or_auto(
+                "tau_threshold",
+                self.tau_threshold,
+                "tau is never below 1, so importance sampling would always be on; leave it None for the threshold "
+                "derived from presample_ratio.",
             )
         if not 0 <= self.tau_momentum < 1:
             raise ValueError(
@@ -141,9 +159,28 @@ class ImportanceArguments:
             following()
 
     @property
+    def ratio(self) -> float | None:
+        """Pool size over batch size; None where it follows the cost rule."""
+        return None if self.presample_ratio == AUTO else float(self.presample_ratio)
+
+    @property
+    def threshold_follows_kappa(self) -> bool:
+        """Whether the threshold is that of the cost rule."""
+        return self.tau_threshold == AUTO or (self.tau_threshold is None and self.ratio is None)
+
+    @property
+    def needs_kappa(self) -> bool:
+        """Whether a decision depends on what scoring costs."""
+        return self.importance_method == "presample" and (
+            self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time"
+        )
+
+    @property
     def threshold(self) -> float:
-        """τ above which importance sampling is on: the user's, or the paper's for this ratio."""
-        return derived_threshold(self.presample_ratio) if self.tau_threshold is None else self.tau_threshold
+        """τ above which it is on: the user's, the paper's for this ratio, or the cost rule's for the paper's κ."""
+        if self.threshold_follows_kappa:
+            return pays_above(ASSUMED_KAPPA)
+        return derived_threshold(self.ratio) if self.tau_threshold is None else float(self.tau_threshold)
 
 
 @dataclass
@@ -154,3 +191,15 @@ class ImportanceTrainingArguments(ImportanceArguments, TrainingArguments):
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
+
+
+def _number_or_auto(name: str, value: float | str | None, meaning: str) -> float | str:
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value)  # the command line gives text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 1):
+        raise ValueError(f"{name} must be a finite number above 1, or 'auto', but it is {value}. {meaning}")
+    return number

@@ -68,3 +68,21 @@ def logit_gradient_norms(loss_of_row, logits: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(loss_of_row(row, i), row)
         norms.append(gradient.norm())
     return torch.stack(norms)
+
+
+def cheapest_plan(budget: str, size: int, tau: float, kappa: float, largest: int) -> tuple[int, int]:
+    """The best pool and number kept among all integers, by trying every pair: pool in (b, largest], kept in [1, b]."""
+    best = None
+    for pool in range(size + 1, largest + 1):
+        for kept in range(1, size + 1):
+            cost, variance = kappa * pool + kept, 1 / pool + 1 / (tau**2 * kept)
+            if budget == "variance":
+                allowed, value = kept == size, cost * variance
+            elif budget == "constant_variance":
+                allowed, value = variance <= 1 / size * (1 + 1e-12), cost
+            else:
+                allowed, value = cost <= size * (1 + 1e-12), variance
+            if allowed and (best is None or value < best[0] - 1e-12):
+                best = (value, pool, kept)
+    assert best is not None, "no pair keeps within the budget"
+    return best[1:]

@@ -1,6 +1,8 @@
 """The reserve is a pure function of (seed, rank, position), and rows of many batches become one."""
 
 import random
+import statistics
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 import toys
 from torch.utils.data import DataLoader, default_collate
 
+from hf_importance import ImportanceTrainer
 from hf_importance.batches import (
     Padding,
     Pool,
@@ -183,3 +186,44 @@ def test_digits_come_collated_as_the_trainer_collates(digits):
     indices = dataset.indices(2)
     assert torch.equal(batch["labels"], torch.stack([digits[i]["labels"] for i in indices]))
     assert toys.vit()(batch["pixel_values"]).logits.shape == (4, 10)
+
+
+def test_an_example_of_a_pool_is_waited_for_no_longer_than_one_of_a_plain_step(tmp_path, digits):
+    # Loading an example takes 6 ms, a training step 90 ms: without loading ahead, 16 of a pool of 24 would be waited
+    # for, 4 ms an example of it.
+    class Loading(torch.utils.data.Dataset):
+        def __init__(self):
+            self.rows = [digits[i] for i in range(128)]
+
+        def __len__(self):
+            return 128
+
+        def __getitem__(self, index):
+            time.sleep(0.006)
+            return self.rows[index]
+
+    class Waits(ImportanceTrainer):
+        def get_batch_samples(self, *args):
+            self.started, self.waited = time.perf_counter(), getattr(self, "waited", [])
+            return super().get_batch_samples(*args)
+
+        def training_step(self, *args, **kwargs):
+            if not self._switch.active:
+                self.waited.append((time.perf_counter() - self.started) / 8)
+            time.sleep(0.09)
+            return super().training_step(*args, **kwargs)
+
+        def _score(self, pools, passes=0):
+            self.waited.append((time.perf_counter() - self.started) / sum(map(len, pools)))
+            return super()._score(pools, passes)
+
+    def waits(**overrides):
+        args = toys.arguments(
+            tmp_path, per_device_train_batch_size=8, dataloader_num_workers=2, max_steps=12, **overrides
+        )
+        trainer = toys.run(Waits, toys.vit(), args, Loading())
+        return statistics.median(trainer.waited[3:])
+
+    plain = waits(tau_threshold=2.8)
+    importance = waits(tau_threshold=1 + 1e-9, tau_momentum=0.0)
+    assert importance < plain + 0.002

@@ -11,6 +11,7 @@ from launchers import ACCELERATE, ALONE, TORCHRUN, attempt, configured, launch, 
 from transformers import TrainingArguments
 
 from hf_importance import ImportanceTrainer
+from hf_importance.costs import ASSUMED_KAPPA
 
 SCRIPT = "two_ranks.py"
 
@@ -30,7 +31,7 @@ def two(tmp_path_factory):
 
 
 def test_the_launch_made_one_world_of_two(two):
-    assert len(two) == 11
+    assert len(two) == 12
     assert {rank["world"] for ranks in two.values() for rank in ranks} == {2}
 
 
@@ -69,6 +70,14 @@ def test_ranks_draw_different_examples_and_counts_cover_both(two):
     last = next(e for e in reversed(first["history"]) if "loss" in e)
     assert last["importance/examples_trained"] == 6 * 16
     assert last["importance/examples_scored"] == 5 * 48
+
+
+def test_ranks_agree_on_what_scoring_costs(two):
+    first, second = two["follows kappa"]
+    assert first["kappa"] == second["kappa"] != ASSUMED_KAPPA
+    sizes = [[len(batch) for batch in rank["trained"]] for rank in (first, second)]
+    assert sizes[0] == sizes[1]
+    assert min(sizes[0]) < 8
 
 
 @pytest.mark.parametrize("name", ["uneven", "split batches", "dispatched", "stream"])

@@ -16,6 +16,7 @@ KEYS = {
     "tau",
     "tau_threshold",
     "batch_size_gain",
+    "kappa",
     "active",
     "active_share",
     "switches",
@@ -80,8 +81,9 @@ def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
     report.step(True)
     report.scored(12, 0.0)
     report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1, uniform=3)
-    first = report.drain(switch, {"gain": 1.5})
+    first = report.drain(switch, {"gain": 1.5, "kappa": 0.2})
     assert first["importance/active_share"] == 0.5
+    assert first["importance/kappa"] == 0.2
     assert first["importance/max_weight"] == 3
     assert first["importance/effective_sample_size"] == pytest.approx((4 + 1.6) / 2)
     assert first["importance/examples_trained"] == 2 * 6
@@ -102,15 +104,16 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
     settings = {
         "importance_sampling": False,
         "importance_method": "history",
-        "importance_budget": "constant_variance",
-        "variance_margin": 1.5,
         "uniform_share": 0.25,
         "importance_score": "loss",
+        "importance_budget": "constant_variance",
+        "variance_margin": 1.5,
         "presample_ratio": 4.5,
         "resampling": "multinomial",
         "tau_threshold": 1.75,
         "tau_momentum": 0.5,
         "scoring_batch_size": 7,
+        "scoring_dtype": "bf16",
         "batch_norm": "frozen",
     }
     fields = {f.name for f in ImportanceTrainingArguments.__mro__[1].__dataclass_fields__.values()}
@@ -128,3 +131,10 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
         assert {name: getattr(args, name) for name in settings} == settings
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--no_importance_sampling"])
     assert not args.importance_sampling
+
+
+def test_auto_is_parsed_from_the_command_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--presample_ratio", "auto", "--tau_threshold", "auto"]
+    (args,) = HfArgumentParser(ImportanceTrainingArguments).parse_args_into_dataclasses(words)
+    assert (args.presample_ratio, args.tau_threshold, args.ratio) == ("auto", "auto", None)
+    assert args.threshold == pytest.approx(2.366, abs=1e-3)

@@ -11,6 +11,7 @@ import toys
 from transformers import BertConfig, BertForTokenClassification
 
 from hf_importance import ImportanceTrainer, sampling
+from hf_importance.costs import Plan
 from hf_importance.weighted_loss import WeightedLossMixin
 
 # Examples in the own batch and in the reserve of each rank: equal ones, and the short last batch of an uneven epoch.
@@ -62,7 +63,9 @@ class Rank:
 
         trainer = self.trainer
         trainer._sum_over_ranks = sum_over_ranks
-        trainer._reserve_batches = lambda epoch_iterator: iter(self.parts[1:])
+        trainer._plan = lambda: Plan(pool=0, kept=trainer._train_batch_size, cost=0.0)
+        trainer._passes = lambda pool: 0
+        trainer._reserve_batches = lambda epoch_iterator, pool: self.parts[1:]
         (batch,), _ = trainer._presample([self.parts[0]], iter(()))
         loss, _ = trainer._weighted_loss(trainer.model.train(), batch)
         return gradient(loss, trainer.model)

@@ -51,6 +51,7 @@ def train(folder, data, **overrides):
         "history": history,
         "trained": trainer.trained,
         "tau": trainer._switch.tau,
+        "kappa": trainer._meter.kappa,
         "steps": trainer.state.global_step,
     }
 
@@ -82,6 +83,9 @@ def cases(folder, ranks):
     yield "honours the item count", lambda: train_vit(folder, small)
     yield "on", lambda: train(folder, data, on=True, max_steps=6, **small)
     yield "on, accumulated", lambda: train(folder, data, on=True, gradient_accumulation_steps=2, max_steps=4, **small)
+    # Sizes of pool and batch follow a kappa that is measured on the way.
+    follow = {"presample_ratio": "auto", "importance_budget": "constant_time"}
+    yield "follows kappa", lambda: train(folder, data, on=True, max_steps=10, **follow, **small)
     uneven = toys.sentences(16 * 3 + 5)
     for name, config in {
         "uneven": {},

@@ -1,0 +1,104 @@
+"""What the next step scores and keeps, and the κ that this follows from: the part of the trainer that counts costs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from hf_importance.batches import Padding, Pool, batch_size_of, reserve_unit
+from hf_importance.costs import Plan, plan
+from hf_importance.kappa import KappaMeter
+from hf_importance.switching import Switch
+from hf_importance.weighted_loss import WeightedLossMixin
+
+logger = logging.getLogger(__name__)
+
+
+class PlanningMixin(WeightedLossMixin):
+    """Measures κ on the way and plans each importance step by it."""
+
+    _meter: KappaMeter
+    _switch: Switch
+    _train_loader: Any
+    _warned_time = False
+    # When the step in progress asked for its data.
+    _step_mark: Any = None
+
+    def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
+        raise NotImplementedError
+
+    def _padding(self) -> Padding:
+        raise NotImplementedError
+
+    def _plan(self) -> Plan:
+        """Say how many examples the next step scores and keeps; all ranks come to the same.
+
+        It looks at κ and at the τ of earlier steps only.
+        """
+        settings, size = self.importance_args, self._train_batch_size
+        data = self._train_loader.dataset
+        streaming = isinstance(data, IterableDataset)
+        found = plan(
+            settings.importance_budget,
+            size,
+            self._switch.tau,
+            self._meter.kappa,
+            settings.ratio,
+            settings.variance_margin,
+            unit=size if streaming else reserve_unit(size),
+            largest=None if streaming else len(data),
+            # BatchNorm cannot normalise one example by itself.
+            smallest=2 if self._batch_norm else 1,
+        )
+        if settings.importance_budget == "constant_time" and found.cost > 1 + 1e-9 and not self._warned_time:
+            self._warned_time = True
+            logger.warning(
+                "Scoring %d examples takes as long as training on %.1f (kappa %.3f), so importance_budget="
+                "'constant_time' cannot be kept: %d of %d examples are trained on. Lower presample_ratio, or make it "
+                "'auto'.",
+                found.pool,
+                found.pool * self._meter.kappa,
+                self._meter.kappa,
+                found.kept,
+                size,
+            )
+        return found
+
+    def _mark(self) -> Any:
+        """Give a point in time where κ is still to be measured and steps tell something about it."""
+        presampling = self._sampling and self.importance_args.importance_method == "presample"
+        wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
+        return self._meter.mark() if wanted else None
+
+    def _probe(self, batches: list, started: Any) -> None:
+        """While off, time the scoring of a few micro-batches where a decision waits for κ."""
+        if started is None:
+            return
+        self._meter.add("wait", started, sum(batch_size_of(batch) for batch in batches))
+        if self._meter.lacks("score"):
+            pool = Pool([self._prepare_inputs(batches[0])], self._padding())
+            mark = self._mark()
+            self._score_pool(pool)
+            self._meter.add("score", mark, len(pool))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-batch as ``Trainer`` does, and time the first few of them."""
+        mark = self._mark()
+        examples = 0 if mark is None else batch_size_of(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if mark is not None:
+            self._meter.add("train", mark, examples)
+        return loss
+
+    def _learn_kappa(self) -> None:
+        """Take κ as measured once enough was timed, the same on all ranks: one collective in a run."""
+        if not self._meter.ready:
+            return
+        presampling, training = self._sum_over_ranks(self._meter.read())
+        self._meter.settle(presampling, training)
+        if self.importance_args.threshold_follows_kappa:
+            self._switch.follow_costs(self._meter.kappa)
+        logger.info("Scoring an example takes %.3f of training on one.", self._meter.kappa)

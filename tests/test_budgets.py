@@ -1,0 +1,171 @@
+"""Fewer examples a step leave the gradient what it was; which are scored and kept follows the cost rule."""
+
+import itertools
+import logging
+import math
+
+import pytest
+import reference
+import torch
+import toys
+
+from hf_importance import ImportanceTrainer
+from hf_importance.batches import Padding, Pool
+from hf_importance.costs import plan
+from hf_importance.heads import ClassificationHead
+from hf_importance.presampling import keep_own, stand_for
+from hf_importance.sampling import inclusion_probabilities
+
+
+class Sizes(ImportanceTrainer):
+    """Keeps the size of every pool and of every batch trained on."""
+
+    def __init__(self, *args, **kwargs):
+        self.pools, self.kept, self.taus = [], [], []
+        super().__init__(*args, **kwargs)
+
+    def _score_pool(self, pool, passes=0):
+        self.pools.append(len(pool))
+        return super()._score_pool(pool, passes)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.kept.append(len(inputs["labels"]))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def know(trainer, kappa):
+    """Let a trainer begin with a measured kappa, as one does that resumes."""
+    begin = trainer._begin_importance
+    trainer._begin_importance = lambda: (begin(), trainer._meter.load(kappa))
+
+
+def skewed(outputs, labels):
+    """One example in 8 has a score: tau = sqrt(8)."""
+    return (torch.arange(len(labels)) % 8 == 0).float()
+
+
+def test_the_gradient_of_a_smaller_batch_is_unbiased_over_every_outcome(tmp_path):
+    # Two micro-batches of one step, own batches of 3 and 2 examples, pools of 5 and 4; rounding keeps 2 and 1 of them,
+    # so not the same share. In float64, over all orders and offsets.
+    model = toys.bert().double()
+    trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
+    data = toys.sentences(seed=3)
+    pools = [
+        Pool([data[0:3], data[3:5]], Padding()),
+        Pool([data[5:7], data[7:9]], Padding()),
+    ]
+    head = ClassificationHead("single_label_classification", 4, 0.0)
+    share = 0.6
+
+    def gradient(drawn, items):
+        trainer._step_items = items
+        model.zero_grad()
+        trainer.compute_loss(model.train(), drawn.batch).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+    counts = [torch.tensor([len(batch["labels"]) for batch in pool.batches], dtype=torch.float64) for pool in pools]
+    pairs = list(zip(counts, pools, strict=True))
+    total_items = sum(float(count.sum()) * pool.sizes[0] / len(pool) * share for count, pool in pairs)
+    found, expected = 0.0, 0.0
+    for pool, kept in zip(pools, (2, 1), strict=True):
+        every = pool.take(torch.arange(len(pool)))[0]
+        inputs = {k: v for k, v in every.items() if k != "labels"}
+        scores = head.upper_bound(model(**inputs), every).double()
+        pi = inclusion_probabilities(scores, kept)
+        for order in itertools.permutations(range(len(pool))):
+            for p, drawn in reference.systematic_outcomes(pi.tolist(), list(order)):
+                index = torch.tensor(drawn)
+                outcome = stand_for(pool, index, kept / (len(pool) * pi[index]), share)
+                found = found + p / math.factorial(len(pool)) * gradient(outcome, total_items)
+        # A uniform step of 3 and 2 examples: the mean over the pool, as often as the own batch has examples.
+        ones = torch.ones(len(pool), dtype=torch.float64)
+        uniform = stand_for(pool, torch.arange(len(pool)), ones, share=1.0)
+        expected = expected + gradient(uniform, 5.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_non_finite_step_has_the_same_scale(tmp_path):
+    model = toys.bert()
+    trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
+    data = toys.sentences(seed=3)
+    own = keep_own(Pool([data[0:3], data[3:5]], Padding()), share=0.4)
+    trainer._step_items = 3 * 0.4
+    torch.testing.assert_close(trainer.compute_loss(model.train(), own.batch), model(**data[0:3]).loss)
+
+
+@pytest.mark.parametrize("budget", ["variance", "constant_variance", "constant_time"])
+@pytest.mark.parametrize("ratio", [3.0, 2.5, "auto"])
+def test_pool_and_batch_are_what_the_rule_says(tmp_path, digits, budget, ratio):
+    args = toys.always_on(tmp_path, importance_budget=budget, presample_ratio=ratio, tau_momentum=0.9, max_steps=8)
+    data = digits.select(range(128))
+    trainer = Sizes(model=toys.vit(), args=args, train_dataset=data, compute_score_func=skewed)
+    know(trainer, 0.1)
+    trainer.train()
+    # Step 1 is uniform; every score function call gives tau = sqrt(8) on multiples of 8, averaged from 1.
+    assert trainer.kept[0] == 16
+    tau = 0.9 + 0.1 * math.sqrt(8)
+    expected = plan(budget, 16, tau, 0.1, None if ratio == "auto" else ratio, 1.1, unit=4, largest=128)
+    assert (trainer.pools[0], trainer.kept[1]) == (expected.pool, expected.kept)
+    if budget == "variance":
+        assert set(trainer.kept) == {16}
+    else:
+        assert trainer.kept[-1] < 16
+    scored, trained = sum(trainer.pools), sum(trainer.kept)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert (logged["importance/examples_scored"], logged["importance/examples_trained"]) == (scored, trained)
+    assert logged["importance/kappa"] == 0.1
+
+
+def test_the_pool_follows_tau(tmp_path, digits):
+    args = toys.always_on(tmp_path, presample_ratio="auto", importance_budget="constant_variance", tau_momentum=0.5)
+    trainer = Sizes(model=toys.vit(), args=args, train_dataset=digits.select(range(128)), compute_score_func=skewed)
+    trainer.train()
+    # More to win: fewer are kept, of a smaller pool.
+    assert trainer.kept[1] > trainer.kept[-1]
+    assert trainer.pools[-1] <= trainer.pools[1]
+    assert all((pool - 16) % 4 == 0 for pool in trainer.pools)
+
+
+def test_a_time_that_cannot_be_kept_is_said_once(tmp_path, digits, caplog):
+    # At kappa = 1/3, assumed until it is measured, scoring 48 examples takes as long as training on all 16.
+    args = toys.always_on(tmp_path, importance_budget="constant_time", max_steps=4)
+    with caplog.at_level(logging.WARNING, "hf_importance"):
+        toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)), compute_score_func=skewed)
+    assert sum("'constant_time' cannot be kept" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_stream_completes_the_pool_in_whole_batches(tmp_path, digits):
+    args = toys.always_on(tmp_path, presample_ratio="auto", max_steps=3)
+    stream = digits.select(range(256)).to_iterable_dataset()
+    trainer = Sizes(model=toys.vit(), args=args, train_dataset=stream, compute_score_func=skewed)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert all(pool % 16 == 0 and pool > 16 for pool in trainer.pools[-2:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_runs_with_a_pool_that_changes_are_the_same_run(tmp_path, digits, workers):
+    def parameters():
+        args = toys.always_on(
+            tmp_path, presample_ratio="auto", tau_momentum=0.7, dataloader_num_workers=workers, max_steps=5
+        )
+        trainer = ImportanceTrainer(
+            model=toys.vit(), args=args, train_dataset=toys.Augmented(digits.select(range(128)))
+        )
+        know(trainer, 0.2)
+        trainer.train()
+        return torch.cat([p.flatten() for p in trainer.model.parameters()])
+
+    assert torch.equal(parameters(), parameters())
+
+
+def test_batch_norm_never_sees_one_example_alone(tmp_path, digits):
+    data = digits.select(range(128)).map(
+        lambda e: {"pixel_values": torch.nn.functional.interpolate(e["pixel_values"][None], 8)[0]}
+    )
+    args = toys.always_on(tmp_path, presample_ratio="auto", importance_budget="constant_variance", tau_momentum=0.0)
+    one = lambda outputs, labels: (torch.arange(len(labels)) == 0).float()  # noqa: E731
+    trainer = Sizes(model=toys.resnet(), args=args, train_dataset=data, compute_score_func=one)
+    know(trainer, 0.01)
+    trainer.train()
+    assert min(trainer.kept) == 2

@@ -1,0 +1,158 @@
+"""Scoring is cheaper than a forward pass of what came, and says the same: sorted by length, in bf16, compiled."""
+
+import pytest
+import torch
+import toys
+from datasets import Dataset
+from transformers import DataCollatorWithPadding
+
+from hf_importance import ImportanceTrainer
+from hf_importance.batches import Padding, Pool, sort_by_length
+from hf_importance.heads import ClassificationHead
+from hf_importance.presampling import autocast_to, score_pool
+
+HEAD = ClassificationHead("single_label_classification", 4, 0.0)
+
+
+class Tokenizer:
+    """Pads token ids with 0, as a tokenizer does."""
+
+    padding_side = "right"
+    pad_token_id = 0
+
+    def pad(self, features, **kwargs):
+        length = max(len(feature["input_ids"]) for feature in features)
+        padded = {
+            name: torch.tensor([list(f[name]) + [0] * (length - len(f[name])) for f in features])
+            for name in ("input_ids", "attention_mask")
+        }
+        return {**padded, "labels": torch.tensor([feature["labels"] for feature in features])}
+
+
+def texts(examples=96):
+    """Token sequences of 3 to 40 tokens, most of them short."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (3 + 37 * torch.rand(examples, generator=generator) ** 4).int().tolist()
+    rows = [torch.randint(10, 50, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": r, "attention_mask": [1] * len(r), "labels": r[0] % 4} for r in rows]
+
+
+def batches_of(size, rows):
+    return [Tokenizer().pad(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def test_rows_come_sorted_and_without_the_padding_that_saves():
+    rows = texts(40)
+    batches = batches_of(10, rows)
+    found = sort_by_length(batches, 16, Padding())
+    assert [len(batch["labels"]) for batch in found] == [14, 13, 13]
+    kept = [tuple(ids[mask.bool()].tolist()) for b in found for ids, mask in zip(*list(b.values())[:2], strict=True)]
+    assert sorted(kept) == sorted(tuple(row["input_ids"]) for row in rows)
+    assert [len(row) for row in kept] == sorted(len(row["input_ids"]) for row in rows)
+    for batch in found:
+        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] == batch["attention_mask"].shape[1]
+    assert sum(b["input_ids"].numel() for b in found) < 0.6 * sum(b["input_ids"].numel() for b in batches)
+    label_of = {tuple(row["input_ids"]): row["labels"] for row in rows}
+    assert [label_of[row] for row in kept] == torch.cat([batch["labels"] for batch in found]).tolist()
+
+
+def test_labels_of_tokens_are_cut_and_several_labels_an_example_are_not():
+    batch = {
+        "input_ids": torch.tensor([[5, 0, 0], [6, 7, 0]]),
+        "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]]),
+    }
+    tokens = sort_by_length([{**batch, "labels": torch.tensor([[1, -100, -100], [2, 3, -100]])}], 2, Padding())
+    assert tokens[0]["labels"].tolist() == [[1, -100], [2, 3]]
+    decoders = sort_by_length([{**batch, "labels": torch.tensor([[1, 9, 9], [2, 3, -100]])}], 2, Padding())
+    assert decoders[0]["labels"].tolist() == [[1, 9, 9], [2, 3, -100]]
+    several = sort_by_length([{**batch, "labels": torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])}], 2, Padding())
+    assert several[0]["labels"].shape == (2, 3)
+    assert several[0]["input_ids"].shape == (2, 2)
+
+
+def test_nothing_is_cut_where_columns_may_mean_something_else():
+    batch = batches_of(4, texts(4))[0]
+    assert sort_by_length([batch], 4, Padding(side="left")) is None
+    assert sort_by_length([{"pixel_values": torch.zeros(4, 1, 8, 8)}], 4, Padding()) is None
+    assert sort_by_length([{**batch, "pixel_values": torch.zeros(4, 1, 8, 8)}], 4, Padding()) is None
+    assert sort_by_length([{**batch, "attention_mask": torch.ones(4, 1, 8, 8)}], 4, Padding()) is None
+
+
+def test_scores_are_those_of_the_unsorted_texts():
+    model, batches = toys.bert(dropout=0.3), batches_of(8, texts(32))
+    plain = score_pool(model, Pool(batches, Padding()), HEAD, "upper_bound", None, None)
+    ordered = score_pool(
+        model, Pool(sort_by_length(batches, 8, Padding()), Padding()), HEAD, "upper_bound", None, None
+    )
+    torch.testing.assert_close(plain.sort().values, ordered.sort().values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path):
+    seen = {"scored": 0, "needed": 0}
+
+    class Count(ImportanceTrainer):
+        def _score_pool(self, pool, passes=0):
+            for batch in pool.batches[1:]:
+                seen["scored"] += batch["input_ids"].numel()
+                seen["needed"] += int(batch["attention_mask"].sum())
+            return super()._score_pool(pool, passes)
+
+    data = Dataset.from_list(texts(96))
+    args = toys.always_on(tmp_path, scoring_batch_size=8, max_steps=6)
+    toys.run(Count, toys.bert(), args, data, data_collator=DataCollatorWithPadding(Tokenizer()))
+    # As they were loaded, padded to the longest of 16, they would be more than 3 times as many.
+    assert 0 < seen["scored"] < 2 * seen["needed"]
+
+
+def dtypes_seen(model, batch, scoring_dtype):
+    seen = []
+    hook = model.classifier.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    found = score_pool(model, Pool([batch], Padding()), HEAD, "upper_bound", None, None, dtype=scoring_dtype)
+    hook.remove()
+    return seen[0], found
+
+
+@pytest.mark.parametrize("training", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("scoring", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32), (None, None)]
+)
+def test_scoring_has_its_own_precision_whatever_training_uses(tmp_path, training, scoring, expected):
+    data = toys.sentences(64)
+    args = toys.always_on(tmp_path, bf16=training == "bf16", scoring_dtype=scoring, max_steps=2)
+    trainer = toys.run(ImportanceTrainer, toys.bert(), args, data)
+    forward = vars(trainer.model).get("forward")
+    found, scores = dtypes_seen(trainer.model, data[:16], scoring)
+    assert found == (expected or (torch.bfloat16 if training == "bf16" else torch.float32))
+    assert scores.dtype == torch.float32
+    # And training has what it had.
+    assert vars(trainer.model).get("forward") is forward
+    assert trainer.model(**data[:4]).logits.dtype == torch.float32
+    with autocast_to(trainer.model, None):
+        assert vars(trainer.model).get("forward") is forward
+
+
+def test_low_precision_hardly_moves_the_distribution():
+    model = toys.bert(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    batch = toys.sentences(256)[:256]
+    full = dtypes_seen(model, batch, None)[1]
+    for dtype in ("bf16", "fp16"):
+        low = dtypes_seen(model, batch, dtype)[1]
+        assert not torch.equal(low, full)
+        moved = (low / low.sum() - full / full.sum()).abs().sum() / 2
+        assert moved < 0.005
+
+
+@pytest.mark.slow
+def test_scoring_is_compiled_where_training_is(tmp_path):
+    # 60 s: two compilations, one for training and one for scoring.
+    data = toys.sentences(128)
+    args = toys.always_on(tmp_path, torch_compile=True, max_steps=4, logging_steps=4)
+    trainer = toys.run(ImportanceTrainer, toys.bert(dropout=0.1), args, data)
+    assert trainer.state.log_history[-2]["importance/active_share"] == 0.75
+    compiled = trainer._compiled_model()
+    assert compiled is trainer._compiled_model()
+    pool = Pool([data[:16], data[16:32]], Padding())
+    found = score_pool(trainer.model, pool, HEAD, "upper_bound", None, None, compiled=compiled)
+    expected = score_pool(trainer.model, pool, HEAD, "upper_bound", None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert trainer.model.training

@@ -1,0 +1,203 @@
+"""kappa is what scoring costs against training, data included; it is frozen, saved, and the same on all ranks."""
+
+import json
+import time
+
+import pytest
+import torch
+import toys
+from transformers import Trainer
+
+from hf_importance import ImportanceTrainer
+from hf_importance.costs import ASSUMED_KAPPA, pays_above
+from hf_importance.kappa import SAMPLES, WARM_UP, KappaMeter
+
+PROBES = WARM_UP + SAMPLES
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, seconds):
+        ctx.seconds = seconds
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class Slow(torch.nn.Module):
+    """A classifier whose forward and backward pass take known times."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, forward, backward):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.seconds = forward, backward
+
+    def forward(self, pixel_values, labels=None):
+        time.sleep(self.seconds[0])
+        logits = self.layer(pixel_values.flatten(1))
+        if torch.is_grad_enabled():
+            logits = SlowBackward.apply(logits, self.seconds[1])
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+class SlowData(torch.utils.data.Dataset):
+    def __init__(self, data, seconds):
+        self.data, self.seconds = [data[i] for i in range(len(data))], seconds
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if self.seconds:
+            time.sleep(self.seconds)
+        return self.data[index]
+
+
+def flat(outputs, labels):
+    return torch.ones(len(labels))
+
+
+def skewed(outputs, labels):
+    return (torch.arange(len(labels)) % 8 == 0).float()
+
+
+def auto(tmp_path, **overrides):
+    return toys.arguments(tmp_path, presample_ratio="auto", logging_steps=1, **overrides)
+
+
+# A sleep is at least as long as asked for; on a busy machine longer, the shorter the more. Hence the tolerance.
+@pytest.mark.parametrize(
+    ("forward", "backward", "load", "expected"),
+    [
+        (0.03, 0.06, 0.0, 1 / 3),
+        (0.03, 0.27, 0.0, 0.1),
+        # 16 examples a batch: waiting 0.064 for it, whatever is then done with it.
+        (0.02, 0.04, 0.004, (0.064 + 0.02) / (0.064 + 0.06)),
+    ],
+)
+def test_it_is_measured_while_off_data_included(tmp_path, digits, forward, backward, load, expected):
+    data = SlowData(digits.select(range(128)), load)
+    args = auto(tmp_path, max_steps=PROBES + 2)
+    trainer = toys.run(ImportanceTrainer, Slow(forward, backward), args, data, compute_score_func=flat)
+    logged = [e["importance/kappa"] for e in trainer.state.log_history if "loss" in e]
+    assert logged[:PROBES] == [ASSUMED_KAPPA] * PROBES
+    assert logged[-1] == pytest.approx(expected, rel=0.5)
+    assert logged[-1] != ASSUMED_KAPPA
+    last = trainer.state.log_history[-2]
+    assert last["importance/tau_threshold"] == pytest.approx(pays_above(logged[-1]))
+    assert last["importance/examples_scored"] == 0  # a probe is no pool
+
+
+def test_it_is_measured_while_on_where_nothing_waits_for_it(tmp_path, digits):
+    args = toys.always_on(tmp_path, max_steps=PROBES + 3, logging_steps=1)
+    data = SlowData(digits.select(range(128)), 0.0)
+    trainer = toys.run(ImportanceTrainer, Slow(0.03, 0.06), args, data, compute_score_func=skewed)
+    logged = [e["importance/kappa"] for e in trainer.state.log_history if "loss" in e]
+    assert logged[0] == ASSUMED_KAPPA
+    # Scoring 48 in three passes of 0.03 for 16.
+    assert logged[-1] == pytest.approx(1 / 3, rel=0.5)
+    assert logged[-1] != ASSUMED_KAPPA
+    assert trainer._meter.mark() is None
+
+
+def test_one_slow_batch_does_not_count():
+    meter = KappaMeter(torch.device("cpu"))
+    for batch in range(PROBES):
+        for part, seconds in {"wait": 0.0, "score": 0.02, "train": 0.04}.items():
+            assert not meter.ready
+            mark = meter.mark()
+            # The first of all is a warm-up, and one is slow for another reason.
+            time.sleep(0.3 if part == "score" and batch in (0, 3) else seconds)
+            meter.add(part, mark, 8)
+    assert meter.ready
+    presampling, training = meter.read()
+    assert presampling / training == pytest.approx(0.5, rel=0.5)
+    meter.settle(presampling, training)
+    assert (meter.measured, meter.ready, meter.mark()) == (True, False, None)
+
+
+@pytest.mark.parametrize(("presampling", "kappa"), [(0.0, 0.001), (2.0, 0.99)])
+def test_it_stays_between_0_and_1(presampling, kappa):
+    meter = KappaMeter(torch.device("cpu"))
+    meter.settle(presampling, 1.0)
+    assert meter.kappa == kappa
+
+
+def test_off_is_still_exactly_the_plain_trainer(tmp_path, digits):
+    trainers, streams = [], []
+    for kind in (ImportanceTrainer, Trainer):
+        recorder = toys.Recorder()
+        options = {"compute_score_func": flat} if kind is ImportanceTrainer else {}
+        data = toys.Augmented(digits.select(range(100)))
+        trainer = kind(
+            model=toys.vit(0.2), args=auto(tmp_path, max_steps=9), train_dataset=data, callbacks=[recorder], **options
+        )
+        trainer.train()
+        trainers.append(trainer)
+        streams.append(recorder.streams)
+    assert trainers[0]._meter.measured
+    assert streams[0] == streams[1]
+    for one, other in zip(*(trainer.model.state_dict().values() for trainer in trainers), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_probe_where_no_decision_waits_for_it(tmp_path, digits):
+    model, calls = toys.vit(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    args = toys.arguments(tmp_path, importance_budget="constant_variance", tau_threshold=3.9)
+    toys.run(ImportanceTrainer, model, args, digits.select(range(100)))
+    assert len(calls) == 8
+
+
+def test_a_resumed_run_decides_the_same(tmp_path, digits):
+    data = SlowData(digits.select(range(128)), 0.0)
+
+    def build(folder):
+        args = toys.always_on(
+            folder,
+            presample_ratio="auto",
+            importance_budget="constant_variance",
+            tau_threshold="auto",
+            tau_momentum=0.8,
+            save_strategy="steps",
+            save_steps=10,
+            max_steps=18,
+            logging_steps=1,
+        )
+        torch.manual_seed(0)
+        return ImportanceTrainer(model=Slow(0.01, 0.15), args=args, train_dataset=data)
+
+    def scored(trainer):
+        # Uneven from step 4 on, so that the pool's size changes before and after the checkpoint, and flat at the end.
+        def score(outputs, labels):
+            step = trainer.state.global_step
+            return skewed(outputs, labels) if 4 <= step < 15 else torch.ones(len(labels))
+
+        trainer.compute_score_func = score
+        return trainer
+
+    whole = scored(build(tmp_path / "whole"))
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
+    assert saved["kappa"] == whole._meter.kappa != ASSUMED_KAPPA
+    resumed = scored(build(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for one, other in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    keys = ("tau", "kappa", "tau_threshold", "active", "examples_scored", "examples_trained", "max_weight")
+    histories = [
+        [[e[f"importance/{key}"] for key in keys] for e in trainer.state.log_history if "loss" in e]
+        for trainer in (whole, resumed)
+    ]
+    assert histories[0] == histories[1]
+    active = [entry[3] for entry in histories[0]]
+    assert 0.0 in active
+    assert 1.0 in active[10:]
