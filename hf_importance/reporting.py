@@ -21,6 +21,7 @@ class Totals:
     examples_scored: int = 0  # by a scoring forward pass; scores from training logits are free and not counted
     examples_trained: int = 0  # rows of training batches
     examples_distinct: int = 0  # the same, rows that a batch holds twice counted once
+    examples_saved: int = 0  # rows of the Trainer's own batches, what uniform training takes, minus examples_trained
     nonfinite_steps: int = 0  # optimizer steps left uniform because a score was NaN or infinite
 
 
@@ -35,6 +36,8 @@ class Report:
         self._sum_over_ranks = sum_over_ranks
         self.totals = Totals()
         self._unsynced = Totals()
+        self.steps_on = 0  # optimizer steps drawn by importance since the start; the same on every rank
+        self._all_scoring_seconds = 0.0
         self._restart()
 
     def _restart(self) -> None:
@@ -51,9 +54,16 @@ class Report:
         self._unsynced.examples_distinct += size
         self._sample_sizes.append(size)
 
-    def weighted_batch(self, weights: Tensor, distinct: int) -> None:
-        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct."""
+    def weighted_batch(self, weights: Tensor, distinct: int, own: int) -> None:
+        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct.
+
+        Args:
+            weights: One a row, shape ``(n,)``.
+            distinct: How many of the rows are distinct.
+            own: Rows of the Trainer's own batch in its place.
+        """
         self._unsynced.examples_trained += len(weights)
+        self._unsynced.examples_saved += own - len(weights)
         self._unsynced.examples_distinct += distinct
         self._sample_sizes.append(effective_sample_size(weights))
         self._max_weight = max(self._max_weight, float(weights.max()))
@@ -62,11 +72,13 @@ class Report:
         """Count an optimizer step, trained uniformly or by importance."""
         self._steps += 1
         self._active_steps += active
+        self.steps_on += active
 
     def scored(self, examples: int, seconds: float) -> None:
         """Count a pool that was scored, and the time from fetching it to having drawn from it."""
         self._unsynced.examples_scored += examples
         self._scoring_seconds += seconds
+        self._all_scoring_seconds += seconds
 
     def nonfinite(self) -> None:
         """Count an optimizer step whose scores were not all finite on this rank."""
@@ -97,4 +109,22 @@ class Report:
             **vars(self.totals),
         }
         self._restart()
+        return {PREFIX + name: value for name, value in entries.items()}
+
+    def summary(self) -> dict[str, float]:
+        """Give the metrics of a finished run. All ranks must call it.
+
+        Returns:
+            ``importance/steps_on``, and ``importance/examples_scored``, ``_trained`` and ``_saved`` over all ranks,
+            since the start of training; ``importance/scoring_seconds`` of this process, since this report began.
+        """
+        self.sync()
+        totals = self.totals
+        entries = {
+            "steps_on": self.steps_on,
+            "examples_scored": totals.examples_scored,
+            "examples_trained": totals.examples_trained,
+            "examples_saved": totals.examples_saved,
+            "scoring_seconds": round(self._all_scoring_seconds, 4),
+        }
         return {PREFIX + name: value for name, value in entries.items()}

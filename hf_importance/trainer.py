@@ -38,6 +38,7 @@ from hf_importance.batches import (
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
+from hf_importance.progress import show_tau
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.switching import Switch, tau_from_sums
 from hf_importance.training_args import ImportanceArguments
@@ -78,6 +79,7 @@ class ImportanceMixin(WeightedLossMixin):
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(self._importance_state_dict)
             self.add_callback(self._state_callback)
+            show_tau(self, self._current_switch)
             self._begin_importance()
         self._seen_state: object = None
 
@@ -111,6 +113,7 @@ class ImportanceMixin(WeightedLossMixin):
             else:
                 self._switch.load_state_dict(saved["switch"])
                 self._report.totals = Totals(**saved["totals"])
+                self._report.steps_on = saved.get("steps_on", 0)  # since version 0.1.0
                 self._reserve_start = saved["reserve_position"]
                 self._loss_scale.over_step = saved["loss_over_step"]
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
@@ -118,11 +121,15 @@ class ImportanceMixin(WeightedLossMixin):
         self.add_callback(self._state_callback)
         self.state.stateful_callbacks.setdefault(ImportanceStateCallback.__name__, {})
 
+    def _current_switch(self) -> Switch:
+        return self._switch
+
     def _importance_state_dict(self) -> dict[str, Any]:
         position = self._reserve_start if self._reserve is None else self._reserve.position
         return {
             "switch": self._switch.state_dict(),
             "totals": dataclasses.asdict(self._report.totals),
+            "steps_on": self._report.steps_on,
             "reserve_position": position,
             "loss_over_step": self._loss_scale.over_step,
         }
@@ -197,7 +204,7 @@ class ImportanceMixin(WeightedLossMixin):
                 found = draw(pool, pool_scores, pool_items, self.importance_args.resampling, generator)
             else:
                 found = keep_own(pool, pool_items)
-            self._report.weighted_batch(found.weights, found.distinct)
+            self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])
             drawn.append(found.batch)
             step_items += found.items
         if step_items == 0:
@@ -297,6 +304,8 @@ class ImportanceMixin(WeightedLossMixin):
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
             logs.update(self._report.drain(self._switch))
+        elif self._sampling and self.is_in_train and "train_runtime" in logs:  # also what train() returns
+            logs.update(self._report.summary())
         super().log(logs, start_time)
 
     # ---- Data ----
