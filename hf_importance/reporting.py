@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -12,6 +12,23 @@ from hf_importance.sampling import effective_sample_size
 from hf_importance.switching import Switch
 
 PREFIX = "importance/"
+
+
+def relative_compute(entry: Mapping[str, float]) -> float:
+    """Compute of a run so far over that of uniform training for as many steps.
+
+    An example scored, a forward pass, counts as a third of one trained on: a backward pass costs about two forward
+    passes.
+
+    Args:
+        entry: What a log entry, or ``train()``'s metrics, say of the counts.
+
+    >>> counts = {"scored": 30, "trained": 10, "saved": 0}
+    >>> relative_compute({f"importance/examples_{name}": count for name, count in counts.items()})
+    2.0
+    """
+    scored, trained, saved = (entry[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
+    return (trained + scored / 3) / (trained + saved)
 
 
 @dataclass
