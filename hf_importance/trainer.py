@@ -35,6 +35,7 @@ from hf_importance.batches import (
     key_to_seed,
     split_evenly,
 )
+from hf_importance.cards import extend_card
 from hf_importance.checkpoint import ImportanceStateCallback, saved_state
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_setup, check_threshold
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
@@ -307,6 +308,19 @@ class ImportanceMixin(WeightedLossMixin):
         elif self._sampling and self.is_in_train and "train_runtime" in logs:  # also what train() returns
             logs.update(self._report.summary())
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, baseline: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write the Trainer's card, with a section on importance sampling; ``push_to_hub`` passes its arguments on.
+
+        Args:
+            *args: As ``Trainer`` takes them.
+            baseline: Metrics of a uniform run of the same script, by name (``eval_accuracy``), to stand beside the
+                last evaluation's.
+            **kwargs: As ``Trainer`` takes them.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self._sampling and self.is_world_process_zero():
+            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline)
 
     # ---- Data ----
 
