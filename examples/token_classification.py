@@ -70,7 +70,11 @@ def main(task: Task, args: ImportanceTrainingArguments) -> None:
         return {name: value for name, value in scores.items() if not isinstance(value, dict)}
 
     model = AutoModelForTokenClassification.from_pretrained(
-        task.model, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
+        task.model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
     )
     trainer = ImportanceTrainer(
         model=model,

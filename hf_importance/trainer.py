@@ -268,7 +268,7 @@ class ImportanceMixin(WeightedLossMixin):
                 raise ValueError(NO_ITEMS.format(step=self.state.global_step))
         self._update_tau(count, total, squares)
 
-    def _update_tau(self, count: int, total: float, squares: float) -> bool:
+    def _update_tau(self, count: float, total: float, squares: float) -> bool:
         """Average in the τ of one step over all ranks; give whether its scores were finite, and log a switch."""
         count, total, squares = self._sum_over_ranks([count, total, squares])
         tau = tau_from_sums(count, total, squares)

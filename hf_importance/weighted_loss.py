@@ -186,10 +186,12 @@ class WeightedLossMixin(Trainer):
         return self._sum_tensor_over_ranks(torch.tensor(values, device=self.args.device)).tolist()
 
     def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
-        return tensor if self._ranks == 1 else self.accelerator.reduce(tensor, "sum")
+        if self._ranks == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, "sum")  # pyright: ignore[reportReturnType] (a tensor for a tensor)
 
     def _count_items(self, batches: list) -> Tensor:
         items = torch.stack([self._loss_scale.items(batch) for batch in batches]).sum().to(self.args.device)
         if self._averaged_ranks > 1:
-            items = self.accelerator.reduce(items, "sum")
+            return self.accelerator.reduce(items, "sum")  # pyright: ignore[reportReturnType] (a tensor for a tensor)
         return items
