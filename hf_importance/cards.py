@@ -83,7 +83,9 @@ def importance_section(
     parts = ["## Importance sampling", INTRODUCTION]
     ours = [entry for entry in log if PREFIX + "tau" in entry and "loss" in entry]
     if ours:
-        parts += ["### Compute", _compute(ours[-1], log), "### The course of τ", _course(ours, figure)]
+        # The end of the run, which counts the steps behind the last log too; a checkpoint has none.
+        last = next((entry for entry in reversed(log) if PREFIX + "steps_on" in entry), ours[-1])
+        parts += ["### Compute", _compute(last), "### The course of τ", _course(ours, figure)]
     if baseline:
         parts += ["### Results", _results(log, baseline)]
     settings = [(f"`{field.name}`", f"`{getattr(arguments, field.name)}`") for field in fields(ImportanceArguments)]
@@ -96,12 +98,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _compute(last: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+def _compute(last: Mapping[str, Any]) -> str:
     scored, trained, saved = (last[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
-    summary = next((entry for entry in reversed(log) if PREFIX + "steps_on" in entry), None)
     rows = [
         ("optimizer steps", f"{last['step']:,}", f"{last['step']:,}"),
-        ("of them drawn by importance", "-" if summary is None else f"{summary[PREFIX + 'steps_on']:,}", "0"),
+        ("of them drawn by importance", f"{last[PREFIX + 'steps_on']:,}" if PREFIX + "steps_on" in last else "-", "0"),
         ("examples trained on", f"{trained:,}", f"{trained + saved:,}"),
         ("examples scored by a forward pass of their own", f"{scored:,}", "0"),
         ("compute (a forward pass is a third of a training pass)", f"{relative_compute(last):.2f}", "1"),

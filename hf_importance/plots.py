@@ -171,13 +171,14 @@ def _spans(log: Log) -> list[tuple[int, int]]:
         elif not active and since is not None:
             spans.append((since, step))
             since = None
-    return spans if since is None else [*spans, (since, known[-1][0])]
+    return spans if since is None else [*spans, (since, log[-1]["step"])]
 
 
 def _summary(log: Log, ours: Log) -> str:
-    last = ours[-1]
-    on = sum(end - start for start, end in _spans(log))
-    switches = last[PREFIX + "switches"]
+    # The end of the run, which counts the steps behind the last log too; a checkpoint has none.
+    last = next((entry for entry in reversed(log) if PREFIX + "steps_on" in entry), ours[-1])
+    on = last.get(PREFIX + "steps_on", sum(end - start for start, end in _spans(log)))
+    switches = ours[-1][PREFIX + "switches"]
     return (
         f"On in {on / last['step']:.0%} of {last['step']:,} steps, {switches} switch{'' if switches == 1 else 'es'}; "
         f"compute {relative_compute(last):.2f} times that of uniform training"
