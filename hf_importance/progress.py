@@ -49,7 +49,7 @@ def show_tau(trainer: Trainer, switch: Callable[[], Switch]) -> None:
 
     Args:
         trainer: Its callbacks are looked through.
-        switch: Gives the live switch; a bound method, so that the trainer can still be pickled.
+        switch: Gives the live switch.
     """
     for callback in list(trainer.callback_handler.callbacks):
         kind = type(callback)
