@@ -39,6 +39,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import relative_compute
 
 SIDES = {
     "plain": {"importance_sampling": False},
@@ -255,7 +256,6 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
     on_train = trainer.evaluate(task.train)
     on_test = trainer.evaluate(task.test)
     last = next((e for e in reversed(trainer.state.log_history) if "importance/gain" in e), {})
-    uniform = last.get("importance/examples_uniform", 1)
     taus = [e["importance/tau"] for e in trainer.state.log_history if "importance/tau" in e]
     return {
         "side": side,
@@ -264,7 +264,7 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
         "training loss": on_train["eval_loss"],
         "test loss": on_test["eval_loss"],
         "test error": on_test["eval_error"],
-        "compute": last.get("importance/examples_trained", uniform) / uniform,
+        "compute": relative_compute(last) if last else 1.0,
         "seconds": seconds,
         "cpu seconds": cpu,
         "gain": last.get("importance/gain", 1.0),
