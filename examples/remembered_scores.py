@@ -144,10 +144,10 @@ def texts(folder: Path, split: str, count: int | None, tokenizer: Any, length: i
 
 
 def fashion(data: Path, models: Path) -> Task:
-    """Train a small CNN from scratch on 20,000 pictures of Fashion-MNIST."""
+    """Train a small CNN from scratch on 10,000 pictures of Fashion-MNIST."""
     return Task(
         lambda: SmallCNN(PretrainedConfig(num_labels=10)),
-        pictures(data / "fashion_mnist", "train", 20_000, 28),
+        pictures(data / "fashion_mnist", "train", 10_000, 28),
         pictures(data / "fashion_mnist", "test", None, 28),
         {"per_device_train_batch_size": 64, "num_train_epochs": 8, "learning_rate": 0.05, "optim": "sgd",
          "optim_args": "momentum=0.9"},
