@@ -84,11 +84,10 @@ class Task:
     collator: Any = field(default=default_data_collator)
 
 
-class SmallCNN(PreTrainedModel):
+class SmallCNNForImageClassification(PreTrainedModel):
     """Two convolutions and two linear layers for small pictures in one colour."""
 
     config_class = PretrainedConfig
-    loss_type = "ForSequenceClassification"
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -146,7 +145,7 @@ def texts(folder: Path, split: str, count: int | None, tokenizer: Any, length: i
 def fashion(data: Path, models: Path) -> Task:
     """Train a small CNN from scratch on 10,000 pictures of Fashion-MNIST."""
     return Task(
-        lambda: SmallCNN(PretrainedConfig(num_labels=10)),
+        lambda: SmallCNNForImageClassification(PretrainedConfig(num_labels=10)),
         pictures(data / "fashion_mnist", "train", 10_000, 28),
         pictures(data / "fashion_mnist", "test", None, 28),
         {"per_device_train_batch_size": 64, "num_train_epochs": 8, "learning_rate": 0.05, "optim": "sgd",
