@@ -60,14 +60,14 @@ def main() -> None:
         for step in range(50):
             index = torch.randint(count, (batch,), generator=random)
             scores = torch.rand(batch, generator=random).exp()
-            history.record(index, scores, torch.full((batch,), step, dtype=torch.int32))
+            history.record(index, scores, torch.full((batch,), step, dtype=torch.int32), torch.ones(batch))
 
     # Filled without training, a chunk at a time; then once more for pairs to calibrate by.
     for _ in range(2):
         for start in range(0, count, 1 << 18):
             index = torch.arange(start, min(start + (1 << 18), count))
             scores = torch.randn(len(index), generator=random).exp()
-            history.record(index, scores, torch.zeros(len(index), dtype=torch.int32))
+            history.record(index, scores, torch.zeros(len(index), dtype=torch.int32), torch.ones(len(index)))
     length = count // settings.passes // batch
 
     def draw() -> None:

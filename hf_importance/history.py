@@ -22,12 +22,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_importance.batches import key_to_seed
 from hf_importance.calibration import CHUNK, Calibration, calibrate
 
+TABLE = ("scores", "seen", "visits", "weight_sum")
 # Pairs that a calibration is estimated from, at most; 2 MB. More would not sharpen 32 bins.
 PAIRS = 1 << 18
 # Passes that an epoch's visits may be split into, and the share of the gain that must not be lost by too few of them.
@@ -72,20 +74,22 @@ def draw_pass(
         bins: ``bins(index)`` giving the bin of each example, int32; asked for a piece at a time.
         inclusion: Inclusion probability of an example of each bin, float64, shape ``(K,)``, with an integer sum ``n``
             over all examples.
-        order: All examples, int32, shape ``(N,)``.
+        order: All examples, int32, shape ``(N,)``; written over.
         offset: Position of the comb's first tooth, in ``(0, 1)``, off the ends by more than rounding.
         rotation: By how many places the sample is rotated, in ``[0, n)``.
 
     Returns:
         The examples drawn, int32, shape ``(n,)``, without repeats.
     """
-    found = []
+    count = 0
     for chunk in order.split(CHUNK):
         position = inclusion[bins(chunk)].cumsum(0).add_(offset)
         teeth = position.floor()
-        found.append(chunk[teeth > torch.cat([teeth.new_tensor([math.floor(offset)]), teeth[:-1]])])
+        hit = chunk[teeth > torch.cat([teeth.new_tensor([math.floor(offset)]), teeth[:-1]])]
+        order[count : count + len(hit)] = hit  # what was drawn never passes what was looked at
+        count += len(hit)
         offset = float(position[-1]) % 1.0
-    return torch.cat(found).roll(rotation)
+    return order[:count].roll(rotation)
 
 
 @dataclass
@@ -146,6 +150,8 @@ class History:
         uniform_share: ε, the share of every draw that is uniform, in ``(0, 1]``; weights stay below ``1 / ε``.
         scores: Last score of each example, NaN while it was never seen; float32, shape ``(N,)``.
         seen: Optimizer step of its last visit; int32, shape ``(N,)``.
+        visits: How often it was trained on, at most 65,535; uint16, shape ``(N,)``.
+        weight_sum: Sum of the importance weights that it had; float32, shape ``(N,)``.
         calibration: What is drawn by, or None while nothing is known.
         passes: Passes drawn since the start.
         skipped_share: Share of the examples that the last pass did not visit.
@@ -164,6 +170,8 @@ class History:
         """Make the empty table."""
         self.scores = torch.full((self.examples,), torch.nan)
         self.seen = torch.zeros(self.examples, dtype=torch.int32)
+        self.visits = torch.zeros(self.examples, dtype=torch.uint16)
+        self.weight_sum = torch.zeros(self.examples)
         # A ring: row k % len(ring) holds the k-th pair (remembered, found).
         self._pairs = torch.full((min(PAIRS, max(self.examples, 1024)), 2), torch.nan)
         self._paired = 0
@@ -172,14 +180,18 @@ class History:
 
     # ---- Remember ----
 
-    def record(self, index: Tensor, found: Tensor, step: Tensor) -> None:
+    def record(self, index: Tensor, found: Tensor, step: Tensor, weights: Tensor) -> None:
         """Put scores into the table, and the pairs (remembered, found) aside for the next calibration.
 
         Args:
             index: Examples, in the order of their visits; int64, shape ``(m,)``.
             found: Their scores; a non-finite one is not remembered; float32, shape ``(m,)``.
             step: Optimizer step of each visit; int32, shape ``(m,)``.
+            weights: Importance weight of each visit, 1 where it was drawn uniformly; float32, shape ``(m,)``.
         """
+        # Of an example visited twice NumPy adds both, and keeps the last score; torch promises neither.
+        np.add.at(self.visits.numpy(), index.numpy(), 1)
+        np.add.at(self.weight_sum.numpy(), index.numpy(), weights.numpy())
         finite = found.isfinite()
         index, found, step = index[finite], found[finite], step[finite]
         remembered = self.scores[index]
@@ -188,7 +200,6 @@ class History:
         rows = (self._paired + torch.arange(len(pairs))) % len(self._pairs)
         self._pairs[rows] = pairs
         self._paired += len(pairs)
-        # NumPy promises that of an example visited twice the last score stays; torch does not.
         self.scores.numpy()[index.numpy()] = found.numpy()
         self.seen.numpy()[index.numpy()] = step.numpy()
 
@@ -293,7 +304,7 @@ class History:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the tensors that a resumed run needs."""
-        found = {"scores": self.scores, "seen": self.seen, "pairs": self._pairs}
+        found = {name: getattr(self, name) for name in TABLE} | {"pairs": self._pairs}
         if self.calibration is not None:
             found |= {"edges": self.calibration.edges, "levels": self.calibration.levels}
             found |= {"relative": self._relative, "counts": self._counts}
@@ -305,7 +316,9 @@ class History:
         """Take up what :meth:`state_dict` and :meth:`tensors` gave."""
         self.averages = Averages(**state["averages"])
         self.passes, self.skipped_share, self._paired = state["passes"], state["skipped_share"], state["paired"]
-        self.scores, self.seen, self._pairs = tensors["scores"], tensors["seen"], tensors["pairs"]
+        for name in TABLE:
+            setattr(self, name, tensors[name])
+        self._pairs = tensors["pairs"]
         if "edges" in tensors:
             self.calibration = Calibration(tensors["edges"], tensors["levels"])
             self._relative, self._counts = tensors["relative"], tensors["counts"]

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,7 +40,7 @@ class Remembering:
         rank: Index of this process.
         ranks: Number of processes.
         seed: What all draws are keyed by.
-        gather: Concatenates rows, shape ``(m, 3)``, over ranks; the identity on one.
+        gather: Concatenates rows, shape ``(m, 4)``, over ranks; the identity on one.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Remembering:
         self._epoch: Any = None
         self._position = 0  # optimizer steps of this epoch
         self._batches: Iterator[dict[str, Any]] | None = None
-        self._rows: list[Tensor] = []  # visits not yet in the table: index, score, step
+        self._rows: list[Tensor] = []  # visits not yet in the table: index, score, step, weight
         # Examples and weights of the micro-batches handed out in this step.
         self.handed: list[tuple[Tensor, Tensor]] = []
 
@@ -165,20 +167,20 @@ class Remembering:
 
     # ---- What visits found ----
 
-    def record(self, index: Tensor, found: Tensor, step: int) -> None:
-        """Keep the scores of one step of this rank for the table."""
-        rows = torch.stack([index.double(), found.double(), torch.full((len(index),), step, dtype=torch.float64)], 1)
-        self._rows.append(rows)
+    def record(self, index: Tensor, found: Tensor, weights: Tensor, step: int) -> None:
+        """Keep what this rank found in one step for the table; each argument float64 or an index, shape ``(m,)``."""
+        self._rows.append(torch.stack([index.double(), found, torch.full_like(found, step), weights], 1))
         if self.ranks == 1:
             self.exchange()
 
     def exchange(self) -> None:
         """Bring the visits of all ranks into the table, in the order of their steps. All ranks must call it."""
-        rows = torch.cat([torch.empty((0, 3), dtype=torch.float64), *self._rows])
+        rows = torch.cat([torch.empty((0, 4), dtype=torch.float64), *self._rows])
         self._rows = []
         rows = self._gather(rows)
         rows = rows[rows[:, 2].argsort(stable=True)]
-        self.history.record(rows[:, 0].long(), rows[:, 1].float(), rows[:, 2].int())
+        index, found, step, weights = rows.T.contiguous()
+        self.history.record(index.long(), found.float(), step.int(), weights.float())
 
     def measure(self, count: float, uniform_moment: float, drawn_moment: float, items: float, examples: float) -> None:
         """Average in one optimizer step's sums over all ranks."""
@@ -200,3 +202,15 @@ class Remembering:
             "table_share": visited / self.history.examples,
             "skipped_share": self.history.skipped_share,
         }
+
+    def table(self, step: int) -> datasets.Dataset:
+        """Give the table as a dataset: see ``ImportanceTrainer.importance_table``."""
+        history = self.history
+        columns = {
+            "index": np.arange(history.examples),
+            "score": history.scores.numpy(),
+            "age": step - history.seen.numpy(),
+            "visits": history.visits.numpy(),
+            "weight_sum": history.weight_sum.numpy(),
+        }
+        return datasets.Dataset.from_dict(columns)

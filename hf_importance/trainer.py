@@ -382,6 +382,26 @@ class ImportanceMixin(PlanningMixin):
         self._awaiting = True
         return batches, torch.tensor(self._step_items, device=self.args.device)
 
+    def importance_table(self) -> datasets.Dataset:
+        """Give what the history method remembers of each training example, ready to sort and to join.
+
+        Returns:
+            A row an example, in the order of ``train_dataset``: ``index``; ``score`` of its last visit, NaN where it
+            was never seen; ``age``, optimizer steps since; ``visits``, how often it was trained on; ``weight_sum``,
+            the sum of the importance weights that it had, on average as many.
+
+        Raises:
+            ValueError: Nothing was remembered: another method, or no training yet.
+        """
+        if self._remembering is None:
+            raise ValueError(
+                "importance_table() gives what importance_method='history' has remembered, and nothing was: train "
+                f"first, with that method (it is {self.importance_args.importance_method!r})."
+            )
+        self._settle()
+        self._remembering.exchange()
+        return self._remembering.table(self.state.global_step)
+
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """Concatenate rows over all ranks, of which each may have another number; on the CPU."""
         if self._ranks == 1:
@@ -525,7 +545,7 @@ class ImportanceMixin(PlanningMixin):
         if pending is not None and self._remembering is not None:
             self._remembering.record(*pending, self.state.global_step)
 
-    def _read_pending(self) -> tuple[list[float], tuple[Tensor, Tensor] | None]:
+    def _read_pending(self) -> tuple[list[float], tuple[Tensor, Tensor, Tensor] | None]:
         """Give this rank's sums of the last step, see :meth:`_take_in`, and the examples and scores behind them."""
         pending, self._pending = self._pending, []
         if not pending:
@@ -548,7 +568,7 @@ class ImportanceMixin(PlanningMixin):
                 drawn = float((history.history.proposed_weights(index) * found.square()).sum())
         sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
         own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
-        return own, None if index is None else (index, found)
+        return own, None if index is None else (index, found, weights)
 
     def _take_in(
         self, count: float, total: float, squares: float, drawn: float, empty: float, items: float, examples: float

@@ -28,7 +28,9 @@ def filled(examples: int = 4000, memory: float = 0.9, share: float = 0.1, spread
     """A history after two visits of every example."""
     history = History(examples, seed=0, uniform_share=share)
     for step, found in enumerate(scores_with_memory(examples, memory, spread=spread)):
-        history.record(torch.arange(examples), found, torch.full((examples,), step, dtype=torch.int32))
+        history.record(
+            torch.arange(examples), found, torch.full((examples,), step, dtype=torch.int32), torch.ones(examples)
+        )
     history.refit()
     return history
 
@@ -106,7 +108,7 @@ def test_a_pass_is_the_systematic_draw(monkeypatch, chunk):
     for size in (1, 5, 20, 29):
         inclusion = inclusion_probabilities(torch.rand(30, generator=generator), size)
         order = torch.randperm(30, generator=generator, dtype=torch.int32)
-        found = draw_pass(lambda i: i, inclusion, order, 0.37, 0)
+        found = draw_pass(lambda i: i, inclusion, order.clone(), 0.37, 0)
         slow = systematic_draw(inclusion, order.long(), 1 - 0.37)
         assert found.tolist() == slow.tolist()
 
@@ -190,10 +192,12 @@ def test_pure_noise_costs_nothing_calibrated_and_raw_scores_lose():
 def test_of_two_visits_the_later_stays_and_nonfinite_scores_do_not():
     history = History(4, seed=0, uniform_share=0.1)
     steps = torch.tensor([1, 2, 3, 3], dtype=torch.int32)
-    history.record(torch.tensor([1, 1, 2, 3]), torch.tensor([5.0, 6.0, torch.nan, torch.inf]), steps)
+    history.record(torch.tensor([1, 1, 2, 3]), torch.tensor([5.0, 6.0, torch.nan, torch.inf]), steps, torch.ones(4))
     assert history.scores[1] == 6
     assert history.seen.tolist() == [0, 2, 0, 0]
     assert history.scores.isnan().tolist() == [True, False, True, True]
+    assert history.visits.tolist() == [0, 2, 1, 1]
+    assert history.weight_sum.tolist() == [0, 2, 1, 1]
 
 
 def test_state_and_tensors_are_all_there_is():
@@ -203,7 +207,12 @@ def test_state_and_tensors_are_all_there_is():
     copy = History(4000, seed=0, uniform_share=0.1)
     copy.load(whole.state_dict(), {name: tensor.clone() for name, tensor in whole.tensors().items()})
     for both in (whole, copy):
-        both.record(torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(1)), torch.ones(50).int())
+        both.record(
+            torch.arange(50),
+            torch.rand(50, generator=torch.Generator().manual_seed(1)),
+            torch.ones(50).int(),
+            torch.ones(50),
+        )
         both.refit()
         both.begin_pass(2.0, 200, 1)
     assert torch.equal(whole.current.index, copy.current.index)

@@ -93,6 +93,20 @@ def test_weights_undo_the_preference(saving):
     assert weights.max() <= 10
 
 
+def test_the_table_counts_visits_and_weights(saving):
+    table = saving.importance_table()
+    visits = torch.bincount(
+        torch.tensor([i for index, _, _ in saving.seen_batches for i in index]), minlength=EXAMPLES
+    )
+    assert table["visits"][:] == visits.tolist()
+    assert sum(table["weight_sum"][:]) == pytest.approx(sum(visits.tolist()), rel=0.1)
+    high = torch.as_tensor(toys.sentences(EXAMPLES)["labels"]) == 0
+    assert table["score"][:] == pytest.approx((1 + 9 * high.float()).tolist())
+    assert visits[high].double().mean() > 1.3 * visits[~high].double().mean()
+    with pytest.raises(ValueError, match=r"importance_method='history'.*it is 'presample'"):
+        ImportanceTrainer(model=toys.bert(), args=toys.arguments("/tmp")).importance_table()
+
+
 def test_steps_are_spread_evenly(saving):
     sizes = [len(index) for index, weights, _ in saving.seen_batches if weights is not None]
     assert max(abs(a - b) for a, b in pairwise(sizes)) <= 3
@@ -304,7 +318,10 @@ def test_passes_fill_the_epoch_whatever_its_length():
     random = torch.Generator().manual_seed(0)
     for step in (0, 1):
         remembering.history.record(
-            torch.arange(1000), torch.rand(1000, generator=random).exp() ** 4, torch.full((1000,), step).int()
+            torch.arange(1000),
+            torch.rand(1000, generator=random).exp() ** 4,
+            torch.full((1000,), step).int(),
+            torch.ones(1000),
         )
     remembering.history.refit()
     remembering.history.averages.add(1000, 3.0, 1.0, 0.9)
