@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model by importance.
+r"""Fine-tune a causal language model by importance.
 
 Any dataset with a column ``text``, or text files; the texts are joined and cut into blocks. One process, or
 ``accelerate launch``; ``--importance_sampling false`` is the baseline::
