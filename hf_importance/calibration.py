@@ -17,7 +17,7 @@ from torch import Tensor
 # Fewest pairs in a bin: the mean of 50 squares with a coefficient of variation of 2 is known to a quarter.
 PAIRS_PER_BIN = 50
 EVEN_BINS = 32
-CHUNK = 1 << 20  # examples handled at a time: tables of millions need no temporary of their own size
+CHUNK = 1 << 18  # examples handled at a time: tables of millions need no temporary of their own size
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
     """Refuse what could not work.
 
     Several GPUs in one process, processes that do not know of each other, ranks with unequal batches, gradient norms
-    of a sharded model, and a threshold that τ can never pass. A *derived* threshold with that fate only warns:
+    under FSDP and DeepSpeed, and a threshold that τ can never pass. A *derived* threshold with that fate only warns:
     swapping two words must always train.
 
     Raises:
@@ -101,10 +101,12 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
             f"{args.n_gpu} script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
         )
     check_launch(args, os.environ)
-    if settings.importance_score == "gradient_norm" and _state(args) == DistributedType.FSDP:
+    state = None if args.distributed_state is None else args.distributed_state.distributed_type
+    if settings.importance_score == "gradient_norm" and state in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        # Tried: under FSDP2 autograd finds none of the parameters, ZeRO-2 raises an IndexError, ZeRO-3 gives others.
         raise ValueError(
-            "importance_score='gradient_norm' needs the whole parameters, and under FSDP each process has a part of "
-            "them. Use 'upper_bound', which needs none, or train without FSDP."
+            f"importance_score='gradient_norm' needs the gradients of single examples, and {state.value} takes hold "
+            "of gradients as they are made. Use 'upper_bound', which needs none, or train without it."
         )
     if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ValueError(
@@ -132,18 +134,16 @@ def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> Non
     started = environment.get("WORLD_SIZE", "")
     if "LOCAL_RANK" not in environment or not started.isdecimal() or int(started) < 2:
         return
-    if args.parallel_mode == ParallelMode.NOT_PARALLEL and args.world_size == 1:
+    # On SageMaker and TPUs one world of several processes may have one data-parallel rank.
+    if args.world_size == 1 and args.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
         raise ValueError(
             f"The launcher started {started} processes (WORLD_SIZE={started}), but this one trains alone (world size "
             f"1): without a GPU they do not find each other, and all {started} would write into "
             f"output_dir={args.output_dir!r}. On CPUs pass use_cpu=True, or start the script with: "
-            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} script.py. If the runs "
-            "are meant to be separate, unset LOCAL_RANK and WORLD_SIZE."
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} script.py; DeepSpeed on "
+            "CPUs takes a configuration file of accelerate, ddp_backend='gloo' and no use_cpu. If the runs are meant "
+            "to be separate, unset LOCAL_RANK and WORLD_SIZE."
         )
-
-
-def _state(args: TrainingArguments) -> DistributedType | None:
-    return None if args.distributed_state is None else args.distributed_state.distributed_type
 
 
 def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batch_size: int) -> None:

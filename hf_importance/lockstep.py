@@ -41,12 +41,12 @@ class Lockstep:
             )
         # One process reads a dispatched stream for all, so it ends for all at once.
         self._apart = stream and not isinstance(loader, DataLoaderDispatcher)
-        self._ended: Iterator | None = None
+        self._ended: object = None
 
     def _from_all_ranks(self, value: int) -> list[int]:
         return self._accelerator.gather(torch.tensor([value], device=self._accelerator.device)).tolist()
 
-    def take(self, iterator: Iterator[Any], count: int) -> Iterator[Any]:
+    def take(self, iterator: Iterator[Any], count: int, epoch: object) -> Iterator[Any]:
         """Give the batches of one optimizer step, and the rest of the stream behind them.
 
         Where each rank reads a part of the stream, one number crosses the network, and the stream ends for all where
@@ -55,14 +55,15 @@ class Lockstep:
         Args:
             iterator: This rank's batches of the epoch.
             count: Batches that the step takes.
+            epoch: Another object in every epoch: the Trainer's own iterator.
         """
         if not self._apart:
             return iterator
-        if iterator is self._ended:
+        if epoch is self._ended:
             return iter(())
         batches = list(itertools.islice(iterator, count))
         fewest = min(self._from_all_ranks(len(batches)))
         if fewest < count:
-            self._ended = iterator
+            self._ended = epoch
             return iter(batches[:fewest])
         return itertools.chain(batches, iterator)

@@ -71,8 +71,8 @@ logger = logging.getLogger(__name__)
 class ImportanceMixin(PlanningMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log`` and
-    ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
+    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log``
+    and ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
 
     Args:
         *args: As ``Trainer`` takes them. ``args`` may be an :class:`ImportanceTrainingArguments` or any
@@ -132,6 +132,8 @@ class ImportanceMixin(PlanningMixin):
             return
         self._seen_state = self.state
         self._begin_importance()
+        if not hasattr(self, "_train_loader"):  # a subclass makes its own loader without asking for ours
+            self._train_loader = self.callback_handler.train_dataloader
         saved = self._state_to_resume() if self.state.global_step > 0 else None
         if saved is not None:
             self._switch.load_state_dict(saved["switch"])
@@ -287,9 +289,10 @@ class ImportanceMixin(PlanningMixin):
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
+            given = epoch_iterator
             if self._stream is not None:
                 epoch_iterator = self._stream.follow(epoch_iterator)
-            epoch_iterator = self._in_step(epoch_iterator, num_batches)
+            epoch_iterator = self._in_step(epoch_iterator, num_batches, given)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
         self._step_mark = self._mark()
@@ -381,13 +384,13 @@ class ImportanceMixin(PlanningMixin):
 
     # ---- Presampling ----
 
-    def _in_step(self, epoch_iterator: Iterator, num_batches: int) -> Iterator:
-        """Give the iterator, ended where it ends on another rank."""
+    def _in_step(self, epoch_iterator: Iterator, num_batches: int, epoch: object) -> Iterator:
+        """Give the iterator, ended where it ends on another rank in this epoch."""
         if self._ranks == 1:
             return epoch_iterator
         if self._lockstep is None:
             self._lockstep = Lockstep(self.callback_handler.train_dataloader, self.accelerator)
-        return self._lockstep.take(epoch_iterator, num_batches)
+        return self._lockstep.take(epoch_iterator, num_batches, epoch)
 
     def _presample(self, batches: list, epoch_iterator: Iterator) -> tuple[list, Tensor]:
         """Replace each micro-batch by examples drawn by importance from itself and the reserve."""

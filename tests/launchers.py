@@ -34,13 +34,19 @@ def launch(command: list[str], script: str, *arguments: object, seconds: float =
 
 def attempt(command: list[str], script: str, *arguments: object, seconds: float = SECONDS, **variables: str | None):
     """Run a script to its end, however it ends."""
-    return subprocess.run(
+    process = subprocess.Popen(
         [*command, str(HERE / "launched" / script), *map(str, arguments)],
         env=environment(**variables),
-        timeout=seconds,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    finally:
+        process.terminate()  # a launcher ends its processes when it is told to, not when it is killed
+        process.wait(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def results(folder: Path, ranks: int) -> dict[str, list[dict]]:

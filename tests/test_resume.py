@@ -161,6 +161,14 @@ def test_the_best_model_and_the_limit_on_checkpoints(tmp_path):
     assert kept == sorted({whole.state.best_global_step, 12} | ({11} if whole.state.best_global_step == 12 else set()))
 
 
+def test_a_subclass_that_makes_its_own_loader(tmp_path):
+    class Own(ImportanceTrainer):
+        def get_train_dataloader(self):
+            return Trainer.get_train_dataloader(self)
+
+    check_resume(tmp_path, toys.sentences(128), kind=Own)
+
+
 class StopAfter(TrainerCallback):
     """Ends the run after a step, as a time limit would."""
 

@@ -164,10 +164,12 @@ def different(folder, reference):
     for file in original.iterdir():
         if not (folder / file.name).exists():
             return f"{file.name} is missing"
-        if file.name in ("trainer_state.json", "training_args.bin"):  # times, and the folder's name
+        # Times; the folder's name; and BERT notes its problem_type in its config when it first computes a loss itself,
+        # which is later where a run is resumed while on.
+        if file.name in ("trainer_state.json", "training_args.bin", "config.json"):
             continue
         if (folder / file.name).stat().st_size != file.stat().st_size:
-            return f"{file.name} has another size"
+            return f"{file.name} has {(folder / file.name).stat().st_size} bytes, not {file.stat().st_size}"
     model, other = (load_file(at / "model.safetensors") for at in (folder, original))
     return next((name for name in other if not torch.equal(model[name], other[name])), None)
 

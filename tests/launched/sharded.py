@@ -65,6 +65,7 @@ def run(folder, *, on=False, resume=None, make_score=None, **overrides):
         "history": trainer.state.log_history,
         "tau": trainer._switch.tau,
         "switches": trainer._switch.switches,
+        "largest_weight": max(e.get("importance/max_weight", 1.0) for e in trainer.state.log_history),
     }
 
 
@@ -89,7 +90,7 @@ def cases(folder, ranks):
     yield "switching", lambda: run(folder, on=True, make_score=flapping, tau_threshold=1.2, **small)
     adam = {"on": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, **small, "optim": "adamw_torch"}
     yield "saved", lambda: run(folder / "saved", **adam)
-    yield "gradient_norm", lambda: run(folder, on=True, importance_score="gradient_norm", max_steps=4, **small)
+    yield "gradient norm", lambda: run(folder, on=True, importance_score="gradient_norm", max_steps=4, **small)
     yield "resumed", lambda: run(folder / "resumed", resume=str(folder / "saved" / "checkpoint-3"), **adam)
 
 

@@ -1,0 +1,184 @@
+"""What several processes cost: the one collective of an optimizer step, and its share of the step.
+
+    python examples/benchmark_collective.py                     # 2, 4 and 8 processes, gloo, CPUs
+    python examples/benchmark_collective.py --processes 2 --repeats 3
+
+Real training steps of a small BERT under DDP; what is timed is the collective where the trainer makes it, the wait for
+slower ranks in it, and beside it the same collective alone, between processes that wait for nothing else. Worlds take
+turns, so that a change of the machine's load meets all of them. The result stands in docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainerCallback
+
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured, and how often."""
+
+    processes: list[int] = field(default_factory=lambda: [2, 4, 8], metadata={"help": "Numbers of processes."})
+    repeats: int = field(default=5, metadata={"help": "Runs of each number of processes."})
+    steps: int = field(default=10, metadata={"help": "Timed steps a run, after 3 that are not."})
+    batch_size: int = field(default=8, metadata={"help": "Examples a step and process."})
+
+
+class Timed(ImportanceTrainer):
+    """Adds up the seconds that this rank spends in sums over ranks."""
+
+    seconds = 0.0
+    calls = 0
+    numbers = 0
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        started = time.perf_counter()
+        found = super()._sum_over_ranks(values)
+        self.seconds += time.perf_counter() - started
+        self.calls += 1
+        self.numbers = len(values)
+        return found
+
+
+class Steps(TrainerCallback):
+    """Seconds of each step, and the seconds and number of sums over ranks in it."""
+
+    def __init__(self) -> None:
+        self.trainer: Timed | None = None
+        self.rows: list[tuple[float, float, int]] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Keep the totals so far."""
+        self.rows.append((time.perf_counter(), self.trainer.seconds, self.trainer.calls))
+
+    def timed(self) -> list[tuple[float, float, int]]:
+        """Give the difference of each step to the one before, after the third."""
+        pairs = zip(self.rows[2:], self.rows[3:], strict=False)
+        return [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in pairs]
+
+
+def make_data(examples: int = 1024) -> Dataset:
+    """Give random tokens: the time of a step does not depend on what they are."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 30000, (examples, 32))
+    labels = generator.integers(0, 10, examples)
+    columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+def train(settings: BenchmarkArguments, on: bool) -> tuple[list[tuple[float, float, int]], int]:
+    """Train, switched on from the second step or off throughout; give the steps and the numbers in a collective."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    args = ImportanceTrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=settings.batch_size,
+        max_steps=settings.steps + 3,
+        logging_steps=1000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        tau_threshold=1 + 1e-9 if on else 0.99 * settings.batch_size**0.5,
+        tau_momentum=0.0,
+    )
+    steps = Steps()
+    model = BertForSequenceClassification(BertConfig(num_labels=10, **sizes))
+    trainer = steps.trainer = Timed(model=model, args=args, train_dataset=make_data(), callbacks=[steps])
+    trainer.log = lambda *_, **__: None  # prints nothing; the figures are not read here
+    trainer.train()
+    return steps.timed(), trainer.numbers
+
+
+def alone(numbers: int, times: int = 200) -> float:
+    """Give the median seconds of the collective by itself."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        tensor = torch.ones(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        tensor.tolist()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def work(rank: int, world: int, port: int, settings: BenchmarkArguments, queue) -> None:
+    """Be one rank: measure, and let the first one tell."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, world, world, "127.0.0.1", port)
+    os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+    torch.set_num_threads(1)
+    found = {}
+    for phase in ("off", "on"):
+        steps, numbers = train(settings, phase == "on")
+        calls = {count for _, _, count in steps}
+        found[phase] = {
+            "step": statistics.median(seconds for seconds, _, _ in steps),
+            "collective": statistics.median(seconds for _, seconds, _ in steps),
+            "calls": calls,
+            "numbers": numbers,
+            "alone": alone(numbers),
+        }
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def measure(world: int, port: int, settings: BenchmarkArguments) -> dict:
+    """Give the first rank's figures of one run."""
+    # Forked, not spawned: imports are paid once. This process itself computes nothing.
+    queue = mp.get_context("fork").SimpleQueue()
+    mp.start_processes(work, args=(world, port, settings, queue), nprocs=world, start_method="fork")
+    return queue.get()
+
+
+def spread(values: list[float], factor: float, digits: int) -> str:
+    """Give median and range."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{factor * middle:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+
+
+def main() -> None:
+    """Print one table."""
+    (settings,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    runs: dict[int, list[dict]] = {world: [] for world in settings.processes}
+    for repeat in range(settings.repeats):
+        order = settings.processes if repeat % 2 == 0 else settings.processes[::-1]
+        for place, world in enumerate(order):
+            found = measure(world, 29600 + repeat * len(order) + place, settings)
+            runs[world].append(found)
+            print(f"repeat {repeat + 1}, {world} processes, load {os.getloadavg()[0]:.1f}: {found}", flush=True)
+    print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, batch {settings.batch_size} a process")
+    print(f"median and range of {settings.repeats} runs of {settings.steps} steps\n")
+    print("| processes | | sums a step | numbers | step, ms | in the collective, ms | share of the step | alone, ms |")
+    print("|--:|---|--:|--:|--:|--:|--:|--:|")
+    for world, found in runs.items():
+        for phase in ("off", "on"):
+            rows = [run[phase] for run in found]
+            share = [row["collective"] / row["step"] for row in rows]
+            calls = sorted(set.union(*(row["calls"] for row in rows)))
+            print(
+                f"| {world} | {phase} | {', '.join(map(str, calls))} | {rows[0]['numbers']} "
+                f"| {spread([row['step'] for row in rows], 1e3, 0)} "
+                f"| {spread([row['collective'] for row in rows], 1e3, 2)} "
+                f"| {spread(share, 100, 2)} % | {spread([row['alone'] for row in rows], 1e3, 2)} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What remembering costs at ten million examples: memory, the draw of a pass, the upkeep of the table.
+
+Prints each beside a training pass of a small model over the same number of examples, measured in the same run on a
+part of it. Results stand in docs/history.md::
+
+    python examples/benchmark_history.py --examples 10000000
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from hf_importance.history import History
+
+
+def seconds(action, repeats: int) -> list[float]:
+    """Time an action."""
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def peak() -> float:
+    """Give the largest resident size so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--examples", type=int, default=10_000_000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=4, help="An epoch's visits are split into so many.")
+    parser.add_argument("--repeats", type=int, default=3)
+    settings = parser.parse_args()
+    count, batch = settings.examples, settings.batch_size
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, labels = torch.randn(batch, 64), torch.randint(10, (batch,))
+    random = torch.Generator().manual_seed(0)
+
+    def train() -> None:
+        for _ in range(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+
+    train()
+    before = peak()
+    history = History(count, seed=0, uniform_share=0.1)
+
+    def record() -> None:
+        for step in range(50):
+            index = torch.randint(count, (batch,), generator=random)
+            scores = torch.rand(batch, generator=random).exp()
+            history.record(index, scores, torch.full((batch,), step, dtype=torch.int32))
+
+    # Filled without training, a chunk at a time; then once more for pairs to calibrate by.
+    for _ in range(2):
+        for start in range(0, count, 1 << 18):
+            index = torch.arange(start, min(start + (1 << 18), count))
+            scores = torch.randn(len(index), generator=random).exp()
+            history.record(index, scores, torch.zeros(len(index), dtype=torch.int32))
+    length = count // settings.passes // batch
+
+    def draw() -> None:
+        history.refit()
+        history.begin_pass(float(batch), length, 1)
+
+    timed = {"train": [], "record": [], "draw": []}
+    for _ in range(settings.repeats):
+        timed["train"] += seconds(train, 1)
+        timed["record"] += seconds(record, 1)
+        timed["draw"] += seconds(draw, 1)
+    grown = peak() - before
+    a_step, upkeep = (statistics.median(timed[name]) / 50 for name in ("train", "record"))
+    epoch = a_step * count / batch
+    draws = statistics.median(timed["draw"]) * settings.passes
+    print(
+        f"{count:,} examples, batches of {batch}, {settings.passes} passes an epoch, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"training over all of them once   {epoch:8.1f} s   ({sum(p.numel() for p in model.parameters())} parameters)"
+    )
+    print(f"drawing all passes of an epoch   {draws:8.2f} s   {draws / epoch:.2%}   {timed['draw']}")
+    print(f"keeping the table                {upkeep * count / batch:8.2f} s   {upkeep / a_step:.2%}")
+    print(f"memory, largest                  {grown:8.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Run by ``tests/test_history_ranks.py`` under a launcher: trains by history; every rank writes down what it saw."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+import toys
+
+from hf_importance import ImportanceTrainer
+from hf_importance.visits import INDEX
+
+
+def uneven(outputs, labels):
+    return 1.0 + 9.0 * (labels == 0).float()
+
+
+class Look(ImportanceTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            self.trained.append(inputs[INDEX].tolist())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def build(folder, ranks, **overrides):
+    settings = {
+        "importance_method": "history",
+        "per_device_train_batch_size": 16 // ranks,
+        "max_steps": 6 * 16,
+        "logging_steps": 4,
+        "optim": "sgd",
+        "train_sampling_strategy": "sequential",
+        **overrides,
+    }
+    trainer = Look(
+        model=toys.bert(),
+        args=toys.arguments(folder, **settings),
+        train_dataset=toys.sentences(256),
+        compute_score_func=uneven,
+    )
+    trainer.trained = []
+    return trainer
+
+
+def seen(trainer):
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    history = trainer._remembering.history
+    return {
+        "world": trainer.args.world_size,
+        "parameters": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+        "trained": trainer.trained,
+        "scores": history.scores.tolist(),
+        "seen": history.seen.tolist(),
+        "gain": history.averages.gain,
+        "passes": history.passes,
+        "active": trainer._switch.active,
+        "log": [e for e in trainer.state.log_history if "importance/gain" in e],
+    }
+
+
+def main():
+    folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
+    rank = int(os.environ.get("RANK", 0))
+    whole = build(folder / "run", ranks, save_strategy="steps", save_steps=64)
+    whole.train()
+    shrunk = build(folder / "shrunk", ranks, importance_budget="constant_variance")
+    shrunk.train()
+    resumed = build(folder / "again", ranks, save_strategy="steps", save_steps=64)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-64"))
+    for name, trainer in {"whole": whole, "shrunk": shrunk, "resumed": resumed}.items():
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen(trainer)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
