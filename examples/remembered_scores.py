@@ -39,6 +39,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import relative_compute
 
 SIDES = {
     "plain": {"importance_sampling": False},
@@ -83,11 +84,10 @@ class Task:
     collator: Any = field(default=default_data_collator)
 
 
-class SmallCNN(PreTrainedModel):
+class SmallCNNForImageClassification(PreTrainedModel):
     """Two convolutions and two linear layers for small pictures in one colour."""
 
     config_class = PretrainedConfig
-    loss_type = "ForSequenceClassification"
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -143,10 +143,10 @@ def texts(folder: Path, split: str, count: int | None, tokenizer: Any, length: i
 
 
 def fashion(data: Path, models: Path) -> Task:
-    """Train a small CNN from scratch on 20,000 pictures of Fashion-MNIST."""
+    """Train a small CNN from scratch on 10,000 pictures of Fashion-MNIST."""
     return Task(
-        lambda: SmallCNN(PretrainedConfig(num_labels=10)),
-        pictures(data / "fashion_mnist", "train", 20_000, 28),
+        lambda: SmallCNNForImageClassification(PretrainedConfig(num_labels=10)),
+        pictures(data / "fashion_mnist", "train", 10_000, 28),
         pictures(data / "fashion_mnist", "test", None, 28),
         {"per_device_train_batch_size": 64, "num_train_epochs": 8, "learning_rate": 0.05, "optim": "sgd",
          "optim_args": "momentum=0.9"},
@@ -255,7 +255,6 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
     on_train = trainer.evaluate(task.train)
     on_test = trainer.evaluate(task.test)
     last = next((e for e in reversed(trainer.state.log_history) if "importance/gain" in e), {})
-    uniform = last.get("importance/examples_uniform", 1)
     taus = [e["importance/tau"] for e in trainer.state.log_history if "importance/tau" in e]
     return {
         "side": side,
@@ -264,7 +263,7 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
         "training loss": on_train["eval_loss"],
         "test loss": on_test["eval_loss"],
         "test error": on_test["eval_error"],
-        "compute": last.get("importance/examples_trained", uniform) / uniform,
+        "compute": relative_compute(last) if last else 1.0,
         "seconds": seconds,
         "cpu seconds": cpu,
         "gain": last.get("importance/gain", 1.0),

@@ -83,6 +83,7 @@ STATE: dict[str, Schema] = {
     "version": integer(1, VERSION),
     "step": COUNT,
     "switch": {"tau": number(1 - 1e-6, 1e9), "active": FLAG, "switches": COUNT},
+    "steps_on": COUNT,
     "totals": {field.name: COUNT for field in fields(Totals)},
     "reserve_position": COUNT,
     "kappa": optional(number(0.001, 0.99)),

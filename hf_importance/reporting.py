@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -14,14 +14,31 @@ from hf_importance.switching import Switch
 PREFIX = "importance/"
 
 
+def relative_compute(entry: Mapping[str, float]) -> float:
+    """Compute of a run so far over that of uniform training for as many steps.
+
+    An example scored, a forward pass, counts as a third of one trained on: a backward pass costs about two forward
+    passes.
+
+    Args:
+        entry: What a log entry, or ``train()``'s metrics, say of the counts.
+
+    >>> counts = {"scored": 30, "trained": 10, "saved": 0}
+    >>> relative_compute({f"importance/examples_{name}": count for name, count in counts.items()})
+    2.0
+    """
+    scored, trained, saved = (entry[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
+    return (trained + scored / 3) / (trained + saved)
+
+
 @dataclass
 class Totals:
     """Counts over all ranks since the start of training; they go into the checkpoint."""
 
     examples_scored: int = 0  # by a scoring forward pass; scores from training logits are free and not counted
     examples_trained: int = 0  # rows of training batches
-    examples_uniform: int = 0  # what uniform sampling would have trained on in the same steps
     examples_distinct: int = 0  # the same, rows that a batch holds twice counted once
+    examples_saved: int = 0  # rows of the Trainer's own batches, what uniform training takes, minus examples_trained
     nonfinite_steps: int = 0  # optimizer steps left uniform because a score was NaN or infinite
 
 
@@ -36,6 +53,8 @@ class Report:
         self._sum_over_ranks = sum_over_ranks
         self.totals = Totals()
         self._unsynced = Totals()
+        self.steps_on = 0  # optimizer steps drawn by importance since the start; the same on every rank
+        self._all_scoring_seconds = 0.0
         self.mark()
         self._restart()
 
@@ -50,20 +69,19 @@ class Report:
     def uniform_batch(self, size: int) -> None:
         """Count a micro-batch of ``size`` examples that is trained on as the Trainer drew it."""
         self._unsynced.examples_trained += size
-        self._unsynced.examples_uniform += size
         self._unsynced.examples_distinct += size
         self._sample_sizes.append(size)
 
-    def weighted_batch(self, weights: Tensor, distinct: int, uniform: int) -> None:
-        """Count a micro-batch drawn by importance.
+    def weighted_batch(self, weights: Tensor, distinct: int, own: int) -> None:
+        """Count a resampled micro-batch, with its importance weights and how many of its rows are distinct.
 
         Args:
-            weights: Its importance weights, shape ``(n,)``.
-            distinct: How many of its rows are distinct.
-            uniform: How many examples the uniform batch in its place would have had.
+            weights: One a row, shape ``(n,)``.
+            distinct: How many of the rows are distinct.
+            own: Rows of the Trainer's own batch in its place.
         """
         self._unsynced.examples_trained += len(weights)
-        self._unsynced.examples_uniform += uniform
+        self._unsynced.examples_saved += own - len(weights)
         self._unsynced.examples_distinct += distinct
         self._sample_sizes.append(effective_sample_size(weights))
         self._max_weight = max(self._max_weight, float(weights.max()))
@@ -72,11 +90,13 @@ class Report:
         """Count an optimizer step, trained uniformly or by importance."""
         self._steps += 1
         self._active_steps += active
+        self.steps_on += active
 
     def scored(self, examples: int, seconds: float) -> None:
         """Count a pool that was scored, and the time from fetching it to having drawn from it."""
         self._unsynced.examples_scored += examples
         self._scoring_seconds += seconds
+        self._all_scoring_seconds += seconds
 
     def nonfinite(self) -> None:
         """Count an optimizer step whose scores were not all finite on this rank."""
@@ -122,4 +142,22 @@ class Report:
             **vars(self.totals),
         }
         self._restart()
+        return {PREFIX + name: value for name, value in entries.items()}
+
+    def summary(self) -> dict[str, float]:
+        """Give the metrics of a finished run. All ranks must call it.
+
+        Returns:
+            ``importance/steps_on``, and ``importance/examples_scored``, ``_trained`` and ``_saved`` over all ranks,
+            since the start of training; ``importance/scoring_seconds`` of this process, since this report began.
+        """
+        self.sync()
+        totals = self.totals
+        entries = {
+            "steps_on": self.steps_on,
+            "examples_scored": totals.examples_scored,
+            "examples_trained": totals.examples_trained,
+            "examples_saved": totals.examples_saved,
+            "scoring_seconds": round(self._all_scoring_seconds, 4),
+        }
         return {PREFIX + name: value for name, value in entries.items()}

@@ -44,6 +44,7 @@ from hf_importance.batches import (
     reserve_unit,
     sort_by_length,
 )
+from hf_importance.cards import extend_card
 from hf_importance.checkpoint import (
     ImportanceStateCallback,
     changed_settings,
@@ -57,6 +58,7 @@ from hf_importance.kappa import KappaMeter
 from hf_importance.lockstep import Lockstep
 from hf_importance.planning import PlanningMixin
 from hf_importance.presampling import counted, draw, keep_own, score_outputs, score_pool
+from hf_importance.progress import show_tau
 from hf_importance.remembering import Remembering
 from hf_importance.reporting import PREFIX, Report, Totals
 from hf_importance.streams import Stream
@@ -71,8 +73,8 @@ logger = logging.getLogger(__name__)
 class ImportanceMixin(PlanningMixin):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log``
-    and ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
+    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log``,
+    ``create_model_card`` and ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
 
     Args:
         *args: As ``Trainer`` takes them. ``args`` may be an :class:`ImportanceTrainingArguments` or any
@@ -101,6 +103,7 @@ class ImportanceMixin(PlanningMixin):
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(lambda: self._saved_state)
             self.add_callback(self._state_callback)
+            show_tau(self, self._current_switch)
             self._begin_importance()
         self._seen_state: object = None
 
@@ -138,6 +141,7 @@ class ImportanceMixin(PlanningMixin):
         if saved is not None:
             self._switch.load_state_dict(saved["switch"])
             self._report.totals = Totals(**saved["totals"])
+            self._report.steps_on = saved["steps_on"]
             self._loss_scale.over_step = saved["loss_over_step"]
             self._resumed_history = saved["history"]
             self._meter.load(saved["kappa"])
@@ -159,6 +163,9 @@ class ImportanceMixin(PlanningMixin):
         self.remove_callback(ImportanceStateCallback)
         self.add_callback(self._state_callback)
         self.state.stateful_callbacks.setdefault(ImportanceStateCallback.__name__, {})
+
+    def _current_switch(self) -> Switch:
+        return self._switch
 
     def _state_to_resume(self) -> dict[str, Any] | None:
         """Give the checked state of the checkpoint, or None, with a warning, where it has none of this very step."""
@@ -204,6 +211,7 @@ class ImportanceMixin(PlanningMixin):
         return {
             "step": self.state.global_step,
             "switch": self._switch.state_dict(),
+            "steps_on": self._report.steps_on,
             "reserve_position": self._reserve_start if self._reserve is None else self._reserve.position,
             "kappa": self._meter.kappa if self._meter.measured else None,
             "stream": stream,
@@ -612,7 +620,22 @@ class ImportanceMixin(PlanningMixin):
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
             logs.update(self._report.drain(self._switch, self._method_entries()))
+        elif self._sampling and self.is_in_train and "train_runtime" in logs:  # also what train() returns
+            logs.update(self._report.summary())
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, baseline: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write the Trainer's card, with a section on importance sampling; ``push_to_hub`` passes its arguments on.
+
+        Args:
+            *args: As ``Trainer`` takes them.
+            baseline: Metrics of a uniform run of the same script, by name (``eval_accuracy``), to stand beside the
+                last evaluation's.
+            **kwargs: As ``Trainer`` takes them.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self._sampling and self.is_world_process_zero():
+            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline)
 
     # ---- Data ----
 
@@ -681,13 +704,14 @@ class ImportanceMixin(PlanningMixin):
 
     def _report_savings(self) -> None:
         totals = self._report.totals
-        if self.is_world_process_zero() and totals.examples_uniform:
+        uniform = totals.examples_trained + totals.examples_saved
+        if self.is_world_process_zero() and uniform:
             logger.info(
                 "Trained on %d examples where uniform sampling takes %d (%.1f %%), and scored %d in forward passes of "
                 "their own.",
                 totals.examples_trained,
-                totals.examples_uniform,
-                100 * totals.examples_trained / totals.examples_uniform,
+                uniform,
+                100 * totals.examples_trained / uniform,
                 totals.examples_scored,
             )
 

@@ -21,10 +21,11 @@ VALID = {
     "version": VERSION,
     "step": 5,
     "switch": {"tau": 1.5, "active": True, "switches": 1},
+    "steps_on": 4,
     "totals": {
         "examples_scored": 0,
         "examples_trained": 80,
-        "examples_uniform": 80,
+        "examples_saved": 0,
         "examples_distinct": 80,
         "nonfinite_steps": 0,
     },

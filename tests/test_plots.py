@@ -1,0 +1,100 @@
+"""The figure of a run shows what was logged, from a trainer, a log or a folder, and leaves out what was not."""
+
+import importlib
+import sys
+
+import pytest
+import toys
+
+from hf_importance import ImportanceTrainer, plots
+from hf_importance.plots import PANELS, VERMILLION, plot_training
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, digits):
+    """Eight steps, on from the second; evaluated and saved."""
+    args = toys.always_on(
+        tmp_path_factory.mktemp("run"), eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4
+    )
+    small = digits.select(range(128))
+    return toys.run(ImportanceTrainer, toys.vit(), args, small, eval_dataset=small.select(range(16)))
+
+
+def titles(figure):
+    return [axes.get_title(loc="left").split(" (")[0] for axes in figure.axes]
+
+
+def drawn(axes):
+    return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.get_lines()}
+
+
+def logged(log, key):
+    return [(entry["step"], entry[key]) for entry in log if "loss" in entry and key in entry]
+
+
+def test_every_panel_holds_what_was_logged(trainer):
+    figure = plot_training(trainer)
+    assert titles(figure) == ["loss", "τ", "gain", "effective sample size", "largest weight"]
+    log = trainer.state.log_history
+    loss, tau, gain, size, weight = figure.axes
+    assert drawn(loss)["training"] == logged(log, "loss")
+    assert drawn(loss)["evaluation"] == [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    assert drawn(tau)["τ"] == logged(log, "importance/tau")
+    assert drawn(tau)["threshold"] == logged(log, "importance/tau_threshold")
+    assert [step for step, _ in drawn(tau)["goes on"]] == [1] and "goes off" not in drawn(tau)
+    for axes, name in ((gain, "batch_size_gain"), (size, "effective_sample_size"), (weight, "max_weight")):
+        assert list(drawn(axes).values()) == [logged(log, f"importance/{name}")]
+    # On from the switch to the end, in every panel.
+    for axes in figure.axes:
+        (span,) = [patch for patch in axes.patches if patch.get_alpha()]
+        assert (span.get_x(), span.get_width()) == (1, 7)
+    assert "On in 88% of 8 steps, 1 switch; compute 1.88 times" in figure.get_suptitle()
+
+
+def test_a_method_with_memory_gets_its_panels_and_a_measured_gain_goes_first(trainer):
+    more = {"importance/gain": 1.25, "importance/skipped_share": 0.5, "importance/table_age": 7.0}
+    log = [{**entry, **(more if "loss" in entry else {})} for entry in trainer.state.log_history]
+    figure = plot_training(log)
+    assert titles(figure)[-2:] == ["examples skipped", "age of the remembered scores"]
+    assert {value for _, value in next(iter(drawn(figure.axes[2]).values()))} == {1.25}
+    assert len(figure.axes) == 2 + len(PANELS)
+
+
+def test_the_log_of_a_plain_trainer_gives_its_loss(trainer):
+    log = [{k: v for k, v in e.items() if not k.startswith("importance/")} for e in trainer.state.log_history]
+    figure = plot_training(log)
+    assert titles(figure) == ["loss"] and not figure.axes[0].patches
+
+
+def test_off_again_is_marked_and_not_shaded():
+    def entry(step, tau, active, **more):
+        own = {"importance/tau": tau, "importance/active": active, "importance/switches": 2}
+        return {"step": step, **own, **more}
+
+    counts = {f"importance/examples_{name}": 1 for name in ("scored", "trained", "saved")}
+    log = [entry(3, 2.1, 1.0), entry(7, 1.9, 0.0), entry(10, 1.8, 0.0, loss=1.0, **counts)]
+    log[-1]["importance/tau_threshold"] = 2.0
+    tau = plot_training(log).axes[1]
+    assert drawn(tau)["goes on"] == [(3, 2.1)] and drawn(tau)["goes off"] == [(7, 1.9)]
+    assert [(p.get_x(), p.get_width()) for p in tau.patches if p.get_alpha()] == [(3, 4)]
+    assert tau.get_lines()[0].get_color() == VERMILLION
+
+
+def test_a_folder_is_a_checkpoint_or_holds_some_and_the_figure_is_saved(trainer, tmp_path):
+    output = trainer.args.output_dir
+    plot_training(f"{output}/checkpoint-4", tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn(plot_training(output).axes[0])["training"] == logged(trainer.state.log_history, "loss")
+    with pytest.raises(FileNotFoundError, match=r"holds no trainer_state\.json, and no checkpoint in it does"):
+        plot_training(tmp_path)
+    with pytest.raises(ValueError, match="No entry of the log has a training loss: train for more steps"):
+        plot_training([])
+
+
+def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, plots.__name__)
+    with pytest.raises(ImportError, match=r"pip install 'hf_importance\[plots\]'"):
+        importlib.import_module(plots.__name__)

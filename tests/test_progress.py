@@ -1,0 +1,117 @@
+"""What a run shows while it trains, and what ``train()`` gives back of it."""
+
+import io
+import re
+from contextlib import redirect_stderr
+
+import pytest
+import toys
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
+
+from hf_importance import ImportanceTrainer
+from hf_importance.progress import TauProgressCallback
+
+
+def shown(tmp_path, digits, **overrides):
+    """Train with the bar on; give everything that reached the terminal."""
+    args = toys.always_on(tmp_path, **{"disable_tqdm": False, **overrides})
+    with redirect_stderr(io.StringIO()) as terminal:
+        trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    return trainer, terminal.getvalue()
+
+
+def test_the_bar_shows_tau_its_threshold_and_the_switch(tmp_path, digits, monkeypatch):
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")  # draw every step
+    _, terminal = shown(tmp_path, digits, tau_threshold=1.5, tau_momentum=0.9)
+    states = re.findall(r"τ ([\d.]+) ([<>]) 1\.50: (on|off)", terminal)
+    assert states and {(sign, state) for _, sign, state in states} == {("<", "off")}
+    _, terminal = shown(tmp_path, digits)
+    states = re.findall(r"τ ([\d.]+) ([<>]) 1\.00: (on|off)", terminal)
+    assert states[0] == ("1.00", "<", "off") and states[-1][1:] == (">", "on")
+
+
+def test_disable_tqdm_silences_it(tmp_path, digits):
+    trainer, terminal = shown(tmp_path, digits, disable_tqdm=True)
+    assert terminal == ""
+    assert not any(isinstance(c, ProgressCallback) for c in trainer.callback_handler.callbacks)
+
+
+def test_there_is_one_bar_and_a_users_own_stays(tmp_path, digits):
+    class Mine(ProgressCallback):
+        pass
+
+    args = toys.arguments(tmp_path, disable_tqdm=False)
+    trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits, callbacks=[Mine()])
+    kinds = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+    assert sorted(kind.__name__ for kind in kinds) == ["Mine", "TauProgressCallback"]
+
+
+def test_switched_off_by_the_argument_the_bar_is_the_trainers(tmp_path, digits):
+    args = toys.arguments(tmp_path, disable_tqdm=False, importance_sampling=False)
+    trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits)
+    assert not any(isinstance(c, TauProgressCallback) for c in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_notebook_shows_it_in_bar_and_table(tmp_path, digits, monkeypatch, evaluated):
+    pytest.importorskip("IPython", reason="needs IPython, as a notebook does")
+    import transformers.trainer
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    drawn = []
+    from IPython import display
+
+    monkeypatch.setattr(display, "display", lambda html, **kwargs: drawn.append(html.data) or Handle(drawn))
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    overrides = {"eval_strategy": "steps", "eval_steps": 2} if evaluated else {}
+    args = toys.always_on(tmp_path, disable_tqdm=False, **overrides)
+    small = digits.select(range(128))
+    toys.run(ImportanceTrainer, toys.vit(), args, small, eval_dataset=small.select(range(16)))
+    assert any(re.search(r"Epoch [\d.]+/1, τ 1\.00 > 1\.00: on", html) for html in drawn)
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", drawn[-1], re.DOTALL)
+    cells = [[text.strip() for text in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
+    assert cells[0][-2:] == ["τ", "Importance"]
+    assert [(row[0], row[-1]) for row in cells[1:]] == [("2", "on"), ("4", "on"), ("6", "on"), ("8", "on")]
+
+
+class Handle:
+    """What ``IPython.display.display`` gives back in a notebook: draws again."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def update(self, html):
+        self.drawn.append(html.data)
+
+
+def test_the_returned_metrics_say_what_was_done(tmp_path, digits):
+    args = toys.always_on(tmp_path)
+    trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits.select(range(128)))
+    result = trainer.train()
+    assert isinstance(result, TrainOutput)
+    ours = {name.removeprefix("importance/"): v for name, v in result.metrics.items() if "importance/" in name}
+    seconds = ours.pop("scoring_seconds")
+    # Eight steps of 16, the first of them uniform; seven pools of 48.
+    assert ours == {"steps_on": 7, "examples_scored": 7 * 48, "examples_trained": 8 * 16, "examples_saved": 0}
+    assert 0 < seconds < result.metrics["train_runtime"]
+    last = trainer.state.log_history[-1]
+    assert "train_runtime" in last
+    assert {name: last["importance/" + name] for name in ours} == ours
+
+
+def test_counts_of_the_returned_metrics_go_on_after_resuming(tmp_path, digits):
+    small = digits.select(range(128))
+    args = toys.always_on(tmp_path, save_strategy="steps", save_steps=4)
+    whole = ImportanceTrainer(toys.vit(), args, train_dataset=small).train().metrics
+    trainer = ImportanceTrainer(toys.vit(), args, train_dataset=small)
+    resumed = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics
+    names = [f"importance/{name}" for name in ("steps_on", "examples_scored", "examples_trained", "examples_saved")]
+    assert [resumed[name] for name in names] == [whole[name] for name in names] == [7, 7 * 48, 8 * 16, 0]
+
+
+def test_switched_off_by_the_argument_the_metrics_are_the_trainers(tmp_path, digits):
+    small = digits.select(range(128))
+    ours = ImportanceTrainer(toys.vit(), toys.arguments(tmp_path, importance_sampling=False), train_dataset=small)
+    plain = Trainer(toys.vit(), toys.arguments(tmp_path), train_dataset=small)
+    assert ours.train().metrics.keys() == plain.train().metrics.keys()
