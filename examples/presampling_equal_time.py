@@ -54,8 +54,8 @@ ROWS = {
 TASKS = {
     "sst2": {"data": "sst2_sentences", "model": "minilm-l6-h384-fp16", "learning_rate": 1e-4},
     "clinc": {"data": "clinc150", "model": "minilm-l6-h384-fp16", "learning_rate": 1e-4},
-    "clothing": {"data": "clothing10_128px", "model": "mobilenet_v2_0.35_imagenet", "learning_rate": 1e-3},
-    "cifar": {"data": "cifar10_jpeg_20k", "model": "mobilenet_v2_0.35_imagenet", "learning_rate": 1e-3},
+    "clothing": {"data": "clothing10_128px", "model": "mobilenet_v2_0.35_imagenet", "learning_rate": 3e-4},
+    "cifar": {"data": "cifar10_jpeg_20k", "model": "mobilenet_v2_0.35_imagenet", "learning_rate": 3e-4},
 }
 
 
@@ -70,6 +70,7 @@ class Arguments:
     )
     compare: str = field(default="time", metadata={"help": "At equal 'time', or at equal 'steps'."})
     steps: int = field(default=1000, metadata={"help": "Steps of the plain Trainer."})
+    learning_rate: float | None = field(default=None, metadata={"help": "By default the task's."})
     batch_size: int = field(default=32, metadata={"help": "Examples a step, b."})
     examples: int | None = field(default=None, metadata={"help": "Training examples, at most."})
     side: int = field(default=96, metadata={"help": "Images are scaled to squares of this many pixels."})
@@ -183,7 +184,7 @@ def load(arguments: Arguments) -> Task:
 def run(name: str, arguments: Arguments, task: Task, seed: int, steps: int, seconds: float | None) -> dict:
     """Train one row once, and give its figures."""
     transformers.set_seed(seed)
-    learning_rate = TASKS[arguments.task]["learning_rate"]
+    learning_rate = arguments.learning_rate or TASKS[arguments.task]["learning_rate"]
     args = ImportanceTrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=arguments.batch_size,

@@ -29,6 +29,9 @@ class PoolArguments:
     """What is scored."""
 
     pool: int = field(default=512, metadata={"help": "Examples scored."})
+    precisions: list[str] = field(
+        default_factory=lambda: ["bf16", "fp16"], metadata={"help": "Against float32; a CPU is slow in fp16."}
+    )
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
     pool = Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
     found = {
         dtype: score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None, dtype=dtype).double()
-        for dtype in ("fp32", "bf16", "fp16")
+        for dtype in ("fp32", *scored.precisions)
     }
     full = found["fp32"]
     print(f"{arguments.task}, {arguments.steps} steps, {len(full)} examples, tau {float(estimate_tau(full)):.3f}")

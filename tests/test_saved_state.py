@@ -30,6 +30,7 @@ VALID = {
         "nonfinite_steps": 0,
     },
     "reserve_position": 8,
+    "kappa": 0.2,
     "stream": {"passes": 0, "drawn": 0},
     "loss_over_step": None,
     "history": {
