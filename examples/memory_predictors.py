@@ -71,7 +71,9 @@ def predictors(epochs: list[dict[str, Tensor]], epoch: int, labels: Tensor) -> d
     """Give what each predictor makes of the notes of earlier epochs, when ``epoch`` begins."""
     last = epochs[epoch - 1]["scores"]
     before = epochs[epoch - 2]["scores"] if epoch > 1 else last
-    by_label = torch.zeros(int(labels.max()) + 1).index_reduce_(0, labels, last, "mean", include_self=False)[labels]
+    classes, seen = int(labels.max()) + 1, ~last.isnan()
+    sums = torch.zeros(classes).index_add_(0, labels[seen], last[seen])
+    by_label = (sums / torch.bincount(labels[seen], minlength=classes))[labels]
     now = epochs[epoch]
     logits = nn.functional.linear(epochs[epoch - 1]["inputs"].float(), now["weight"], now["bias"])
     head = upper_bound(logits, labels)
