@@ -93,7 +93,8 @@ def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], ba
         positions: Which batches, in order.
         batches_ahead: How many of them workers load ahead for each batch that the other's do.
     """
-    workers = {"prefetch_factor": like.prefetch_factor * batches_ahead} if like.num_workers else {}
+    # torch's own default is 2.
+    workers = {"prefetch_factor": (like.prefetch_factor or 2) * batches_ahead} if like.num_workers else {}
     return DataLoader(
         batches,
         sampler=positions,  # pyright: ignore[reportArgumentType]

@@ -59,8 +59,9 @@ class Remembering:
         self.history = History(len(loader.dataset), seed, settings.uniform_share)
         self.micro_batches = len(loader)
         self.updates = math.ceil(self.micro_batches / accumulation)
-        total = getattr(loader, "total_batch_size", None)
-        self.batch_size = loader.batch_size if total is None else total // ranks
+        # Of all ranks together; a loader that accelerate did not make has its own.
+        total: int | None = getattr(loader, "total_batch_size", None)
+        self.batch_size: int = (loader.batch_size or 1) if total is None else total // ranks
         self._epoch: Any = None
         self._position = 0  # optimizer steps of this epoch
         self._batches: Iterator[dict[str, Any]] | None = None

@@ -191,4 +191,6 @@ class WeightedLossMixin(Trainer):
         return self._sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
 
     def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
-        return tensor if self._ranks == 1 else self.accelerator.reduce(tensor, "sum")
+        if self._ranks == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, "sum")  # pyright: ignore[reportReturnType] (a tensor for a tensor)
