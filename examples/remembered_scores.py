@@ -13,7 +13,6 @@ docs/history.md.
 
 import argparse
 import csv
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -289,8 +288,8 @@ def report(file: Path, figure: Path) -> None:
             cells = []
             for name in columns:
                 values = [row[name] for row in found]
-                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.3g}{spread}" if values else "")
+                spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3g}{spread}" if values and not np.isnan(values).any() else "")
             print(f"| {task} | {side} | {len(found)} | " + " | ".join(cells) + " |")
     _draw(rows, tasks, figure)
 
@@ -300,7 +299,7 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
     shown = ("compute", "training loss", "test error")
     for axes, name in zip(picture.subplots(1, len(shown)), shown, strict=True):
         for place, task in enumerate(tasks):
-            plain = statistics.fmean(r[name] for r in rows if r["task"] == task and r["side"] == "plain")
+            plain = np.mean([r[name] for r in rows if r["task"] == task and r["side"] == "plain"])
             for offset, side in zip((-0.22, 0, 0.22), SIDES, strict=True):
                 values = [r[name] / plain for r in rows if r["task"] == task and r["side"] == side]
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
