@@ -144,6 +144,8 @@ class ImportanceArguments:
                 "tau is never below 1, so importance sampling would always be on; leave it None for the threshold "
                 "derived from presample_ratio.",
             )
+        if self.importance_method == "history":
+            self._check_history()
         if not 0 <= self.tau_momentum < 1:
             raise ValueError(
                 f"tau_momentum must lie in [0, 1), but it is {self.tau_momentum}. It is the share of the old average "
@@ -157,6 +159,19 @@ class ImportanceArguments:
         following = getattr(super(), "__post_init__", None)  # none where the fields stand alone
         if following is not None:
             following()
+
+    def _check_history(self) -> None:
+        if self.batch_norm not in ("untouched", "frozen"):
+            raise ValueError(
+                f"batch_norm={self.batch_norm!r} takes its running statistics from scored pools, and "
+                "importance_method='history' scores none. Use 'untouched' or 'frozen', or "
+                "importance_method='presample'."
+            )
+        if self.importance_score == "gradient_norm":
+            raise ValueError(
+                "importance_score='gradient_norm' takes a backward pass an example, and importance_method='history' "
+                "makes no pass of its own. Use 'upper_bound' or 'loss', or importance_method='presample'."
+            )
 
     @property
     def ratio(self) -> float | None:

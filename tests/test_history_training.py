@@ -303,6 +303,14 @@ def test_bad_values_are_refused(tmp_path, name, value, message):
     assert str(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_norm", "batch"), ("batch_norm", "running"), ("importance_score", "gradient_norm")]
+)
+def test_what_needs_a_pool_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"{name}='{value}' .*importance_method='presample'"):
+        arguments(tmp_path, **{name: value})
+
+
 # ---- How long passes are ----
 
 
