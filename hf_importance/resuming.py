@@ -84,7 +84,8 @@ class ResumingMixin(RevisitingMixin):
                 )
         if self.importance_args.threshold_follows_kappa:
             self._switch.follow_costs(self._meter.kappa)
-        if isinstance(self._train_loader.dataset, IterableDataset):
+        # None where somebody asks for the batches of a step without training.
+        if isinstance(getattr(self._train_loader, "dataset", None), IterableDataset):
             self._stream = self._stream_at(saved)
         # The Trainer may have replaced the callback by a copy from the checkpoint, or know none yet.
         self.remove_callback(ImportanceStateCallback)
