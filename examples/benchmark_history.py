@@ -14,7 +14,8 @@ import time
 import torch
 from torch import nn
 
-from hf_importance.history import History
+from hf_importance.remembering import Remembering
+from hf_importance.training_args import ImportanceArguments
 
 
 def seconds(action, repeats: int) -> list[float]:
@@ -41,9 +42,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     settings = parser.parse_args()
     count, batch = settings.examples, settings.batch_size
-    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    inputs, labels = torch.randn(batch, 64), torch.randint(10, (batch,))
+    inputs, labels = torch.randn(batch, 1, 28, 28), torch.randint(10, (batch,))
     random = torch.Generator().manual_seed(0)
 
     def train() -> None:
@@ -54,13 +58,16 @@ def main() -> None:
 
     train()
     before = peak()
-    history = History(count, seed=0, uniform_share=0.1)
+    loader = torch.utils.data.DataLoader(range(count), batch_size=batch)  # pyright: ignore[reportArgumentType]
+    remembering = Remembering(ImportanceArguments(), loader, 1, 0, 1, 0, lambda rows: rows)
+    history = remembering.history
+    visits = [torch.randint(count, (batch,), generator=random) for _ in range(50)]
+    found, ones = torch.rand(batch, generator=random).double().exp(), torch.ones(batch).double()
 
     def record() -> None:
-        for step in range(50):
-            index = torch.randint(count, (batch,), generator=random)
-            scores = torch.rand(batch, generator=random).exp()
-            history.record(index, scores, torch.full((batch,), step, dtype=torch.int32), torch.ones(batch))
+        for step, index in enumerate(visits):
+            remembering.record(index, found, ones, step)
+        remembering.exchange()
 
     # Filled without training, a chunk at a time; then once more for pairs to calibrate by.
     for _ in range(2):

@@ -190,7 +190,7 @@ class History:
             weights: Importance weight of each visit, 1 where it was drawn uniformly; float32, shape ``(m,)``.
         """
         # Of an example visited twice NumPy adds both, and keeps the last score; torch promises neither.
-        np.add.at(self.visits.numpy(), index.numpy(), 1)
+        np.add.at(self.visits.numpy(), index.numpy(), np.uint16(1))
         np.add.at(self.weight_sum.numpy(), index.numpy(), weights.numpy())
         finite = found.isfinite()
         index, found, step = index[finite], found[finite], step[finite]

@@ -24,6 +24,8 @@ from hf_importance.training_args import ImportanceArguments
 from hf_importance.visits import pass_batches
 
 DECISIONS_PER_EPOCH = 10
+# Steps whose visits enter the table together: a step's own would cost more in calls than in work.
+STEPS_AT_ONCE = 32
 # It goes on where the gain passes the margin by this factor, and off where it falls below the margin.
 HYSTERESIS = 1.05
 # Examples that the gain must stand on before it is believed.
@@ -171,15 +173,17 @@ class Remembering:
     def record(self, index: Tensor, found: Tensor, weights: Tensor, step: int) -> None:
         """Keep what this rank found in one step for the table; each argument float64 or an index, shape ``(m,)``."""
         self._rows.append(torch.stack([index.double(), found, torch.full_like(found, step), weights], 1))
-        if self.ranks == 1:
+        # On several ranks at the decisions only, where all exchange.
+        if self.ranks == 1 and len(self._rows) >= STEPS_AT_ONCE:
             self.exchange()
 
     def exchange(self) -> None:
         """Bring the visits of all ranks into the table, in the order of their steps. All ranks must call it."""
         rows = torch.cat([torch.empty((0, 4), dtype=torch.float64), *self._rows])
         self._rows = []
-        rows = self._gather(rows)
-        rows = rows[rows[:, 2].argsort(stable=True)]
+        if self.ranks > 1:
+            rows = self._gather(rows)
+            rows = rows[rows[:, 2].argsort(stable=True)]
         index, found, step, weights = rows.T.contiguous()
         self.history.record(index.long(), found.float(), step.int(), weights.float())
 

@@ -170,7 +170,7 @@ def test_every_score_is_credited_to_its_example(tmp_path, workers):
         learning_rate=1e-6,
     )
     assert logged(trainer, "active")[-1] == 1
-    assert trainer._remembering.history.scores.tolist() == pytest.approx([i + 1 for i in range(EXAMPLES)], rel=1e-6)
+    assert trainer.importance_table()["score"][:] == pytest.approx([i + 1 for i in range(EXAMPLES)], rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -48,6 +48,7 @@ def build(folder, ranks, **overrides):
 
 def seen(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    trainer.importance_table()  # brings the table up to date
     history = trainer._remembering.history
     return {
         "world": trainer.args.world_size,

@@ -196,7 +196,9 @@ def uninterrupted(folder, ranks):
 
 def last_state(folder):
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    return state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
+    saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
+    del saved["kappa"]  # a time
+    return saved
 
 
 def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKILL, phase=None):

@@ -32,11 +32,9 @@ def compare(folder, data, **overrides):
     resumed = build(folder / "resumed", data, **overrides)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
     models = [t.accelerator.unwrap_model(t.model_wrapped).state_dict() for t in (whole, resumed)]
+    timed = ("_share", "_runtime", "_per_second", "train_loss", "kappa", "_seconds")
     histories = [
-        [
-            {k: v for k, v in e.items() if not k.endswith(("_share", "_runtime", "_per_second", "train_loss"))}
-            for e in h
-        ]
+        [{k: v for k, v in e.items() if not k.endswith(timed)} for e in h]
         for h in (whole.state.log_history, resumed.state.log_history)
     ]
     return {
