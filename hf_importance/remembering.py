@@ -142,10 +142,9 @@ class Remembering:
         passes = max(self.history.passes_for(fraction), 2 if fraction == 1 else 1)
         updates = math.ceil(left / max(round(left / self.updates * passes), 1))
         length = min(updates * self.accumulation, max(self.micro_batches - self._position * self.accumulation, 1))
-        batch_size = self.batch_size * fraction
-        # Where batches are padded to be even over ranks there are more places than examples.
-        length = min(length, math.floor(self.history.examples / (batch_size * self.ranks)))
-        self.history.begin_pass(batch_size, length, self.ranks)
+        # Where the last batch is short, or padded to be even over ranks, there are more places than examples.
+        largest = self.history.examples / (length * self.ranks)
+        self.history.begin_pass(min(self.batch_size * fraction, largest), length, self.ranks)
 
     # ---- Batches ----
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_importance.checkpoint import (
-    load_tensors,
-)
+from hf_importance.checkpoint import load_tensors
 from hf_importance.pooling import PoolingMixin
 from hf_importance.remembering import Remembering
 from hf_importance.visits import IndexedCollator, IndexedDataset
