@@ -59,8 +59,6 @@ def check_history(dataset: Any, args: TrainingArguments) -> None:
     Raises:
         ValueError: The dataset is a stream or has no length, or the Trainer is to choose the order by lengths.
     """
-    if dataset is None:
-        raise ValueError("Trainer: training requires a train_dataset.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"importance_method='history' remembers a score for each example, so train_dataset must be map-style "

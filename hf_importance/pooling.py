@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +26,6 @@ from hf_importance.batches import (
 from hf_importance.checks import NO_ITEMS
 from hf_importance.planning import PlanningMixin
 from hf_importance.presampling import draw, keep_own, score_pool
-
-logger = logging.getLogger(__name__)
 
 
 class PoolingMixin(PlanningMixin):

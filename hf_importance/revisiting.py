@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import datasets
@@ -14,8 +13,6 @@ from hf_importance.checkpoint import load_tensors
 from hf_importance.pooling import PoolingMixin
 from hf_importance.remembering import Remembering
 from hf_importance.visits import IndexedCollator, IndexedDataset
-
-logger = logging.getLogger(__name__)
 
 
 class RevisitingMixin(PoolingMixin):

@@ -34,7 +34,7 @@ from hf_importance.presampling import counted, score_outputs
 from hf_importance.progress import show_tau
 from hf_importance.reporting import PREFIX
 from hf_importance.resuming import ResumingMixin
-from hf_importance.switching import Switch, tau_from_sums
+from hf_importance.switching import tau_from_sums
 from hf_importance.training_args import ImportanceArguments
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,9 @@ class ImportanceMixin(ResumingMixin):
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(lambda: self._saved_state)
             self.add_callback(self._state_callback)
-            show_tau(self, self._current_switch)
+            show_tau(self, lambda: self._switch)
             self._begin_importance()
         self._seen_state: object = None
-
-    def _current_switch(self) -> Switch:
-        return self._switch
 
     # ---- The step ----
 
@@ -90,7 +87,7 @@ class ImportanceMixin(ResumingMixin):
         if self.model_init is not None:  # train() has made a new model
             self._look_at_model()
         data, settings = self.train_dataset, self.importance_args
-        if self._remembers:
+        if self._remembers and data is not None:
             check_history(data, self.args)
             self._train_loader = self._indexed_loader()
             return self._train_loader
@@ -136,7 +133,7 @@ class ImportanceMixin(ResumingMixin):
         """Draw one optimizer step's micro-batches anew while presampling is on; None: they are trained on as is."""
         if self.state.global_step == 0:
             check_batch(batches[0], self._train_batch_size)
-        if self._remembers or not self._switch.active:
+        if not self._switch.active:
             self._settle(counting=True)
         self._learn_kappa()
         self._mark_step()
