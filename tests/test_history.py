@@ -115,13 +115,14 @@ def test_a_pass_is_the_systematic_draw(monkeypatch, chunk):
 
 def test_every_place_of_a_pass_is_unbiased():
     # All orders, rotations, and offsets between the jumps, which lie at twelfths: exact, not statistics.
-    twelfths = [12, 8, 3, 1]
-    size, values = sum(twelfths) // 12, torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
+    # Three places: of two, each is the other's mirror image, and both are right without the rotation.
+    twelfths = [12, 10, 8, 5, 1]
+    size, values = sum(twelfths) // 12, torch.tensor([1.0, 10.0, 100.0, 1000.0, 10_000.0], dtype=torch.float64)
     inclusion = torch.tensor(twelfths, dtype=torch.float64) / 12
     weights = size / len(values) / inclusion
     outcomes = [
         draw_pass(lambda i: i, inclusion, torch.tensor(order, dtype=torch.int32), (k + 0.5) / 12, rotation).long()
-        for order in itertools.permutations(range(4))
+        for order in itertools.permutations(range(5))
         for k in range(12)
         for rotation in range(size)
     ]
