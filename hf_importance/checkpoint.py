@@ -71,7 +71,6 @@ HISTORY: dict[str, Schema] = {
     "averages": {field.name: _SUM for field in fields(Averages)},
     "passes": COUNT,
     "skipped_share": number(0, 1),
-    "paired": COUNT,
     "pass": Nullable(
         {"batch_size": number(1, 2**31), "length": integer(1), "number": COUNT, "position": COUNT},
     ),

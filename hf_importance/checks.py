@@ -53,29 +53,46 @@ def check_dataset(examples: int, batch_size: int, presample_ratio: float | None)
         )
 
 
-def check_history(dataset: Any, args: TrainingArguments) -> None:
-    """Refuse what scores cannot be remembered for.
+def cannot_remember(dataset: Any, args: TrainingArguments) -> str | None:
+    """Say why scores cannot be remembered for a dataset, and what to do, or None where they can.
 
-    Raises:
-        ValueError: The dataset is a stream or has no length, or the Trainer is to choose the order by lengths.
+    It is a stream or has no length, or the Trainer is to choose the order by lengths.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
+        return (
             f"importance_method='history' remembers a score for each example, so train_dataset must be map-style "
             f"(__len__ and __getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for "
             "a stream, or load the dataset without streaming."
         )
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise ValueError(
+        return (
             f"importance_method='history' draws its own order, and train_sampling_strategy="
             f"{args.train_sampling_strategy!r} asks for one by lengths. Leave it 'random', or use "
             "importance_method='presample'."
         )
-    if (
-        0 < args.max_steps
-        and args.max_steps * args.train_batch_size * args.world_size * (args.gradient_accumulation_steps)
-        <= len(dataset)
-    ) or (args.max_steps <= 0 and args.num_train_epochs <= 1):
+    return None
+
+
+def check_history(dataset: Any, settings: ImportanceArguments, args: TrainingArguments) -> None:
+    """Refuse what scores cannot be remembered for; where the method is chosen by itself, say that history is out.
+
+    Raises:
+        ValueError: See :func:`cannot_remember`.
+    """
+    reason = cannot_remember(dataset, args)
+    if reason is not None and settings.importance_method == "auto":
+        logger.warning("importance_method='auto' chooses between presampling and uniform steps only. %s", reason)
+        return
+    if reason is not None:
+        raise ValueError(reason)
+    if settings.importance_method == "history" and (
+        (
+            0 < args.max_steps
+            and args.max_steps * args.train_batch_size * args.world_size * (args.gradient_accumulation_steps)
+            <= len(dataset)
+        )
+        or (args.max_steps <= 0 and args.num_train_epochs <= 1)
+    ):
         logger.warning(
             "importance_method='history' has nothing to remember in a run of one epoch: no example is seen twice, and "
             "it will train uniformly. Use importance_method='presample', or more epochs."

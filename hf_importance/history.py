@@ -150,7 +150,7 @@ class History:
         uniform_share: ε, the share of every draw that is uniform, in ``(0, 1]``; weights stay below ``1 / ε``.
         scores: Last score of each example, NaN while it was never seen; float32, shape ``(N,)``.
         seen: Optimizer step of its last visit; int32, shape ``(N,)``.
-        visits: How often it was trained on, at most 65,535; uint16, shape ``(N,)``.
+        visits: In how many batches it was trained on, at most 65,535; uint16, shape ``(N,)``.
         weight_sum: Sum of the importance weights that it had; float32, shape ``(N,)``.
         calibration: What is drawn by, or None while nothing is known.
         passes: Passes drawn since the start.
@@ -187,10 +187,11 @@ class History:
             index: Examples, in the order of their visits; int64, shape ``(m,)``.
             found: Their scores; a non-finite one is not remembered; float32, shape ``(m,)``.
             step: Optimizer step of each visit; int32, shape ``(m,)``.
-            weights: Importance weight of each visit, 1 where it was drawn uniformly; float32, shape ``(m,)``.
+            weights: Importance weight of each visit, 1 where it was drawn uniformly, 0 where an example was only
+                scored; float32, shape ``(m,)``.
         """
         # Of an example visited twice NumPy adds both, and keeps the last score; torch promises neither.
-        np.add.at(self.visits.numpy(), index.numpy(), np.uint16(1))
+        np.add.at(self.visits.numpy(), index.numpy(), (weights > 0).numpy().astype(np.uint16))
         np.add.at(self.weight_sum.numpy(), index.numpy(), weights.numpy())
         finite = found.isfinite()
         index, found, step = index[finite], found[finite], step[finite]
@@ -296,7 +297,6 @@ class History:
             "averages": asdict(self.averages),
             "passes": self.passes,
             "skipped_share": self.skipped_share,
-            "paired": self._paired,
             "pass": None
             if current is None
             else {name: getattr(current, name) for name in ("batch_size", "length", "number", "position")},
@@ -304,7 +304,9 @@ class History:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the tensors that a resumed run needs."""
-        found = {name: getattr(self, name) for name in TABLE} | {"pairs": self._pairs}
+        found = {name: getattr(self, name) for name in TABLE}
+        # The count goes with the pairs: the rest of the state may be that of the step before.
+        found |= {"pairs": self._pairs, "paired": torch.tensor(self._paired)}
         if self.calibration is not None:
             found |= {"edges": self.calibration.edges, "levels": self.calibration.levels}
             found |= {"relative": self._relative, "counts": self._counts}
@@ -315,10 +317,10 @@ class History:
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` and :meth:`tensors` gave."""
         self.averages = Averages(**state["averages"])
-        self.passes, self.skipped_share, self._paired = state["passes"], state["skipped_share"], state["paired"]
+        self.passes, self.skipped_share = state["passes"], state["skipped_share"]
         for name in TABLE:
             setattr(self, name, tensors[name])
-        self._pairs = tensors["pairs"]
+        self._pairs, self._paired = tensors["pairs"], int(tensors["paired"])
         if "edges" in tensors:
             self.calibration = Calibration(tensors["edges"], tensors["levels"])
             self._relative, self._counts = tensors["relative"], tensors["counts"]

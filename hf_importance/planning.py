@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hf_importance.batches import Padding, Pool, batch_size_of, reserve_unit
-from hf_importance.costs import Plan, plan
+from hf_importance.costs import HYSTERESIS, Plan, plan, price
 from hf_importance.kappa import KappaMeter
 from hf_importance.switching import Switch
+from hf_importance.visits import without_index
 from hf_importance.weighted_loss import WeightedLossMixin
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ class PlanningMixin(WeightedLossMixin):
         raise NotImplementedError
 
     def _padding(self) -> Padding:
+        raise NotImplementedError
+
+    @property
+    def _presampling(self) -> bool:
+        """Whether the steps are drawn from scored pools."""
         raise NotImplementedError
 
     def _plan(self) -> Plan:
@@ -67,9 +73,19 @@ class PlanningMixin(WeightedLossMixin):
             )
         return found
 
+    def _presampling_price(self) -> float:
+        """Give what the noise of a uniform step costs by presampling, relative to it."""
+        return price(self._plan(), self._train_batch_size, self._switch.tau)
+
+    def _presampling_pays(self) -> bool:
+        """Say whether, between presampling and uniform steps, the next ones should presample."""
+        if not self._meter.measured:
+            return False
+        return self._presampling_price() * (1 if self._presampling else HYSTERESIS) < 1
+
     def _mark(self) -> Any:
         """Give a point in time where κ is still to be measured and steps tell something about it."""
-        presampling = self._sampling and self.importance_args.importance_method == "presample"
+        presampling = self._sampling and self.importance_args.importance_method != "history"
         wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
         return self._meter.mark() if wanted else None
 
@@ -79,7 +95,7 @@ class PlanningMixin(WeightedLossMixin):
             return
         self._meter.add("wait", started, sum(batch_size_of(batch) for batch in batches))
         if self._meter.lacks("score"):
-            pool = Pool([self._prepare_inputs(batches[0])], self._padding())
+            pool = Pool([self._prepare_inputs(without_index(batches[0])[0])], self._padding())
             mark = self._mark()
             self._score_pool(pool)
             self._meter.add("score", mark, len(pool))

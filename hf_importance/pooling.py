@@ -26,10 +26,17 @@ from hf_importance.batches import (
 from hf_importance.checks import NO_ITEMS
 from hf_importance.planning import PlanningMixin
 from hf_importance.presampling import draw, keep_own, score_pool
+from hf_importance.visits import without_index
 
 
 class PoolingMixin(PlanningMixin):
     """Draws the micro-batches of an optimizer step from scored pools."""
+
+    # The table of scores, where pools' scores are remembered too.
+    _remembering: Any
+    # What this step scored, for the table once the step is done: examples, scores, weights, sums over ranks. Until
+    # then the table is what a checkpoint in the middle of the step holds.
+    _scored: tuple[Tensor, Tensor, Tensor, list[float] | None] | None = None
 
     @property
     def _data_seed(self) -> int:
@@ -71,10 +78,7 @@ class PoolingMixin(PlanningMixin):
         started = time.perf_counter()
         planned = self._plan()
         share = planned.kept / self._train_batch_size
-        pools = []
-        for batch in batches:
-            own_and_reserve = [batch, *self._reserve_batches(epoch_iterator, planned.pool)]
-            pools.append(Pool([self._prepare_inputs(part) for part in own_and_reserve], self._padding()))
+        pools, indices = self._gather_pools(batches, epoch_iterator, planned.pool)
         examples = sum(len(pool) for pool in pools)
         self._meter.add("wait", self._step_mark, examples)
         mark = self._mark()
@@ -83,9 +87,11 @@ class PoolingMixin(PlanningMixin):
         # What a uniform step would have counted in expectation, and what the own batches count.
         shares = sum(float(found.sum()) * pool.sizes[0] / len(pool) for pool, found in zip(pools, items, strict=True))
         counts = [shares, sum(float(found[0]) for found in items)]
-        summed = self._sum_over_ranks([len(together), float(together.sum()), float(together.square().sum()), *counts])
+        index = torch.cat([part.cpu() for part in indices]) if indices else None
+        own = [len(together), float(together.sum()), float(together.square().sum()), *counts]
+        summed = self._sum_over_ranks(own + self._table_sums(index, together, items))
         finite = self._average_tau(*summed[:3])
-        drawn = []
+        drawn, weights = [], []
         for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
@@ -96,13 +102,42 @@ class PoolingMixin(PlanningMixin):
                 found = keep_own(pool, share)
             self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])
             drawn.append(found.batch)
-        step_items = share * (summed[3:] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
+            weights.append(torch.zeros(len(pool)).index_add_(0, found.rows, found.weights))
+        if index is not None:
+            sums = [summed[0], summed[2], *summed[5:]] if finite else None
+            self._scored = index, together, torch.cat(weights).double(), sums
+        step_items = share * (summed[3:5] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
         if step_items == 0:
             raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
         self._step_items = step_items
         self._meter.add("score", mark, examples)
         self._report.scored(examples, time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
+
+    def _gather_pools(self, batches: list, epoch_iterator: Iterator, size: int) -> tuple[list[Pool], list[Tensor]]:
+        """Put the pool of each micro-batch together; give the examples' indices too, where batches carry them."""
+        pools, indices = [], []
+        for batch in batches:
+            parts = [without_index(part) for part in [batch, *self._reserve_batches(epoch_iterator, size)]]
+            pools.append(Pool([self._prepare_inputs(part) for part, _ in parts], self._padding()))
+            indices += [index for _, index in parts if index is not None]
+        return pools, indices
+
+    def _remember_pools(self) -> None:
+        """Put into the table what the last step scored."""
+        scored, self._scored = self._scored, None
+        if scored is not None:
+            *rows, sums = scored
+            self._remembering.record(*rows, self.state.global_step)
+            if sums is not None:
+                self._remembering.measure(*sums)
+
+    def _table_sums(self, index: Tensor | None, scores: Tensor, items: list[Tensor]) -> list[float]:
+        """Give what the table's gain is measured by: Σ w Ĝ² with the weights it would have given, items, examples."""
+        if index is None:
+            return []
+        moment = float((self._remembering.history.proposed_weights(index) * scores.square()).sum())
+        return [moment, float(torch.cat(items).sum()), len(scores)]
 
     def _score(self, pools: list[Pool], passes: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """Give the scores of each pool, and the item count of each of its batches; on the CPU, float64."""

@@ -163,12 +163,17 @@ class Draw:
     Attributes:
         batch: The rows that are trained on, with their entry ``importance_weights``; on the device.
         weights: The same weights; on the CPU.
-        distinct: How many of its rows are distinct.
+        rows: Which rows of the pool they are; on the CPU.
     """
 
     batch: dict[str, Any]
     weights: Tensor
-    distinct: int
+    rows: Tensor
+
+    @property
+    def distinct(self) -> int:
+        """How many of its rows are distinct."""
+        return len(self.rows.unique())
 
 
 def draw(
@@ -208,13 +213,13 @@ def stand_for(pool: Pool, index: Tensor, weights: Tensor, share: float) -> Draw:
     batch, order = pool.take(index)
     weights = weights[order].float()
     given = _weighted(batch, weights * (share * own / len(index)))
-    return Draw(given, weights, len(index.unique()))
+    return Draw(given, weights, index[order])
 
 
 def keep_own(pool: Pool, share: float) -> Draw:
     """Keep the Trainer's own batch of a pool, each example with weight 1; arguments as for :func:`draw`."""
     weights = torch.ones(pool.sizes[0])
-    return Draw(_weighted(pool.batches[0], weights * share), weights, pool.sizes[0])
+    return Draw(_weighted(pool.batches[0], weights * share), weights, torch.arange(pool.sizes[0]))
 
 
 def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 Decisions fall at a few points of an epoch, from figures that all ranks share, so that all decide the same:
 
-- while off, ten times an epoch: the table is brought up to date, calibrated anew, and the gain to be expected is known
-- while on, where a pass ends: the next one is drawn. It goes off only where an epoch begins, since nobody reads the
-  Trainer's own loader while passes run
+- while no pass runs, ten times an epoch: the table is brought up to date, calibrated anew, and the gain to be expected
+  is known
+- where a pass ends: the next one is drawn. It goes off only where an epoch begins, since nobody reads the Trainer's
+  own loader while passes run
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hf_importance.costs import HYSTERESIS
 from hf_importance.history import SMALLEST_FRACTION, History
 from hf_importance.training_args import ImportanceArguments
 from hf_importance.visits import pass_batches
@@ -26,8 +28,6 @@ from hf_importance.visits import pass_batches
 DECISIONS_PER_EPOCH = 10
 # Steps whose visits enter the table together: a step's own would cost more in calls than in work.
 STEPS_AT_ONCE = 32
-# It goes on where the gain passes the margin by this factor, and off where it falls below the margin.
-HYSTERESIS = 1.05
 # Examples that the gain must stand on before it is believed.
 FEWEST_EXAMPLES = 200
 
@@ -110,27 +110,37 @@ class Remembering:
 
     @property
     def at_decision(self) -> bool:
-        """Whether a pass has ended, or while off whether a tenth of an epoch has."""
+        """Whether a pass has ended, or while none runs whether a tenth of an epoch has."""
         if self.history.current is not None:
             return self.history.current.position >= self.history.current.length
         return self._position % max(self.updates // DECISIONS_PER_EPOCH, 1) == 0
 
-    def decide(self) -> bool:
-        """Bring the table up to date and give whether the next steps are drawn by it. All ranks must call it."""
-        history, margin = self.history, self.settings.variance_margin
-        active = history.current is not None
-        history.current, self._batches = None, None
-        self.exchange()
-        history.refit()
-        gain = history.averages.gain
+    @property
+    def active(self) -> bool:
+        """Whether a pass runs."""
+        return self.history.current is not None
+
+    @property
+    def price(self) -> float:
+        """What the noise of a uniform step costs by remembered scores, relative to it; infinite while unknown."""
+        history = self.history
         known = history.calibration is not None and history.averages.count >= FEWEST_EXAMPLES
-        if active and self._position > 0:  # in an epoch whose own batches nobody has read
-            self._begin_pass(gain)
-            return True
-        if not (known and gain > (margin if active else margin * HYSTERESIS)):
-            return False
-        self._begin_pass(gain)
-        return True
+        return self.settings.variance_margin / history.averages.gain if known else math.inf
+
+    def decide(self, otherwise: float = 1.0) -> bool:
+        """Bring the table up to date and give whether the next steps are drawn by it. All ranks must call it.
+
+        Args:
+            otherwise: What the noise of a uniform step costs in the steps that come else: 1 if they are uniform.
+        """
+        was_active = self.active
+        self.history.current, self._batches = None, None
+        self.exchange()
+        self.history.refit()
+        within = was_active and self._position > 0  # an epoch whose own batches nobody has read
+        if within or self.price * (1 if was_active else HYSTERESIS) < otherwise:
+            self._begin_pass(self.history.averages.gain)
+        return self.active
 
     def _begin_pass(self, gain: float) -> None:
         """Draw a pass with batches as large as the budget asks for."""

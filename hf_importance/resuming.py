@@ -53,6 +53,7 @@ class ResumingMixin(RevisitingMixin):
         self._saved_in: str | None = None
         # What the last step left on the device, of each micro-batch: scores, indices of the examples, item count.
         self._pending: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._scored = None
         self._awaiting = False
         self._warned_nonfinite = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_importance.checkpoint import load_tensors
+from hf_importance.checks import cannot_remember
+from hf_importance.costs import HYSTERESIS
 from hf_importance.pooling import PoolingMixin
 from hf_importance.remembering import Remembering
+from hf_importance.training_args import REMEMBERING
 from hf_importance.visits import IndexedCollator, IndexedDataset
 
 
@@ -20,7 +24,21 @@ class RevisitingMixin(PoolingMixin):
 
     @property
     def _remembers(self) -> bool:
-        return self._sampling and self.importance_args.importance_method == "history"
+        """Whether batches know their examples, and scores are remembered."""
+        return (
+            self._sampling
+            and self.importance_args.importance_method in REMEMBERING
+            and not cannot_remember(self.train_dataset, self.args)
+        )
+
+    @property
+    def _revisiting(self) -> bool:
+        """Whether the steps are drawn by remembered scores."""
+        return self._remembering is not None and self._remembering.active
+
+    @property
+    def _presampling(self) -> bool:
+        return self._switch.active and not self._revisiting
 
     def _indexed_loader(self) -> DataLoader:
         """Have the Trainer make its loader around a dataset and a collator that know the examples' indices."""
@@ -53,14 +71,29 @@ class RevisitingMixin(PoolingMixin):
             if self._resumed_history is not None:
                 tensors = load_tensors(self._resumed_folder, self.state.global_step)
                 self._remembering.resume(self._resumed_history, tensors, self._resumed_as_saved)
-                self._switch.turn(self._remembering.history.current is not None)
+                self._resume_source(self._resumed_history)
         skipped = 0 if self.args.ignore_data_skip else self.state.global_step % self._remembering.updates
         self._remembering.begin_step(epoch_iterator, skipped)
         if self._remembering.at_decision:
             self._settle()
-            if self._switch.turn(self._remembering.decide()):
+            revisited, presampled = self._revisiting, self._presampling
+            revisits = self._remembering.decide(self._price_otherwise())
+            # Where passes end they end with an epoch, and the next steps are uniform until presampling says otherwise.
+            if self._switch.turn(revisits or presampled, otherwise=presampled and revisits and not revisited):
                 self._log_switch()
-        return self._switch.active
+        return self._revisiting
+
+    def _price_otherwise(self) -> float:
+        """Give what the next steps cost if they are not drawn by remembered scores, relative to uniform ones."""
+        if self.importance_args.importance_method != "auto" or not self._meter.measured:
+            return 1.0
+        presampled = self._presampling_price() * (HYSTERESIS if self._revisiting else 1)
+        return min(presampled, 1.0)
+
+    def _resume_source(self, saved: dict[str, Any]) -> None:
+        """Let the switch be on if a pass goes on, or if the steps before were presampled."""
+        presampled = self._switch.active and saved["pass"] is None and self.importance_args.importance_method == "auto"
+        self._switch.active = self._revisiting or presampled
 
     def _remembered(self, num_batches: int) -> tuple[list, Tensor]:
         """Give the micro-batches of one optimizer step of a pass."""

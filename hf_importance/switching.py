@@ -129,9 +129,14 @@ class Switch:
         """Average in the τ of one optimizer step."""
         self.tau = self.momentum * self.tau + (1 - self.momentum) * tau
 
-    def turn(self, active: bool) -> bool:
-        """Go on or off, or stay; give whether that changed anything."""
-        changed = active != self.active
+    def turn(self, active: bool, otherwise: bool = False) -> bool:
+        """Go on or off, or stay; give whether that changed anything.
+
+        Args:
+            active: Whether it is on from now.
+            otherwise: Whether, on as before, examples are drawn by other scores than before, which counts as a switch.
+        """
+        changed = active != self.active or otherwise
         self.active = active
         self.switches += changed
         return changed

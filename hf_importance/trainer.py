@@ -7,7 +7,7 @@
                   └─► + reserve ─► score ─► resample ─► weighted loss ─────┘
 
 (``importance_method="history"`` draws by remembered scores instead, with no reserve and no scoring: see
-:mod:`hf_importance.remembering`.)
+:mod:`hf_importance.remembering`. ``"auto"`` takes whichever is cheaper.)
 
 Every step starts from the Trainer's own batch, so epochs, ``max_steps``, the schedule and skipping on resume stay the
 Trainer's. While the switch is off nothing else happens, and the run is the plain Trainer's to the last bit.
@@ -35,7 +35,7 @@ from hf_importance.progress import show_tau
 from hf_importance.reporting import PREFIX
 from hf_importance.resuming import ResumingMixin
 from hf_importance.switching import tau_from_sums
-from hf_importance.training_args import ImportanceArguments
+from hf_importance.training_args import REMEMBERING, ImportanceArguments
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +82,21 @@ class ImportanceMixin(ResumingMixin):
     def get_train_dataloader(self) -> DataLoader:
         """Give the Trainer's own loader, after checking that its dataset can be drawn from.
 
-        With the history method its batches carry the indices of their examples; else it is untouched.
+        Where scores are remembered its batches carry the indices of their examples; else it is untouched.
         """
         if self.model_init is not None:  # train() has made a new model
             self._look_at_model()
         data, settings = self.train_dataset, self.importance_args
-        if self._remembers and data is not None:
-            check_history(data, self.args)
-            self._train_loader = self._indexed_loader()
+        if not self._sampling or data is None:
+            self._train_loader = super().get_train_dataloader()
             return self._train_loader
-        if self._sampling and data is not None and not isinstance(data, IterableDataset):
+        if settings.importance_method in REMEMBERING:
+            check_history(data, settings, self.args)
+        if settings.importance_method != "history" and not isinstance(data, IterableDataset):
             if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
                 check_threshold(settings, self.args, self._train_batch_size)
             check_dataset(len(data), self._train_batch_size, settings.ratio)
-        self._train_loader = super().get_train_dataloader()
+        self._train_loader = self._indexed_loader() if self._remembers else super().get_train_dataloader()
         return self._train_loader
 
     def get_batch_samples(
@@ -133,6 +134,7 @@ class ImportanceMixin(ResumingMixin):
         """Draw one optimizer step's micro-batches anew while presampling is on; None: they are trained on as is."""
         if self.state.global_step == 0:
             check_batch(batches[0], self._train_batch_size)
+        self._remember_pools()
         if not self._switch.active:
             self._settle(counting=True)
         self._learn_kappa()
@@ -168,6 +170,7 @@ class ImportanceMixin(ResumingMixin):
         Args:
             counting: Also sum the items of the step to come over the ranks, in the same collective.
         """
+        self._remember_pools()
         counting = counting and self._averaged_ranks > 1
         if not (self._awaiting or counting):
             return
@@ -195,7 +198,7 @@ class ImportanceMixin(ResumingMixin):
         weights, history = torch.ones_like(found), self._remembering
         index, drawn = None, 0.0
         if history is not None:
-            if self._switch.active:
+            if history.active:
                 index = torch.cat([index for index, _ in history.handed]).long()
                 weights = torch.cat([weights for _, weights in history.handed]).double()
                 found = found / weights  # the batch brought its weights along
@@ -226,7 +229,7 @@ class ImportanceMixin(ResumingMixin):
         if not self._average_tau(count, total, squares):
             return
         if self._remembering is not None:
-            uniform = not self._switch.active
+            uniform = not self._revisiting
             self._remembering.measure(count, squares, drawn, items * uniform, examples * uniform)
 
     def _average_tau(self, count: float, total: float, squares: float) -> bool:
@@ -246,11 +249,18 @@ class ImportanceMixin(ResumingMixin):
                     PREFIX,
                 )
             return False
-        if count and self._remembers:
-            self._switch.average(tau)
-        elif count and self._switch.update(tau):
+        if count and self._turn(tau):
             self._log_switch()
         return True
+
+    def _turn(self, tau: float) -> bool:
+        """Average in the τ of one step, and give whether presampling goes on or off by it."""
+        method = self.importance_args.importance_method
+        if method == "presample":
+            return self._switch.update(tau)
+        self._switch.average(tau)
+        # A pass of remembered scores ends by itself.
+        return method == "auto" and not self._revisiting and self._switch.turn(self._presampling_pays())
 
     def _log_switch(self) -> None:
         """Tell the log and the reporting backends that importance sampling went on or off."""
@@ -268,9 +278,17 @@ class ImportanceMixin(ResumingMixin):
         self.log({PREFIX + name: value for name, value in names.items()})
 
     def _method_entries(self) -> dict[str, float]:
-        if self._remembering is None:
-            return {"tau_threshold": self._switch.threshold, "kappa": self._meter.kappa}
-        return self._remembering.log_entries(self.state.global_step)
+        method, entries = self.importance_args.importance_method, {}
+        if method == "presample":
+            entries["tau_threshold"] = self._switch.threshold
+        if method != "history":
+            entries["kappa"] = self._meter.kappa
+        if method == "auto":
+            entries["price_presample"] = self._presampling_price()
+            entries["presampling"] = float(self._presampling)
+        if self._remembering is not None:
+            entries |= self._remembering.log_entries(self.state.global_step)
+        return entries
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as ``Trainer`` does, with the figures of importance sampling at every training log."""

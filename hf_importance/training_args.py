@@ -12,7 +12,8 @@ from hf_importance.costs import ASSUMED_KAPPA, Budget, pays_above
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
-METHODS = ("presample", "history")
+METHODS = ("presample", "history", "auto")
+REMEMBERING = ("history", "auto")  # those with a table of scores
 BUDGETS = get_args(Budget)
 SCORES = ("upper_bound", "loss", "gradient_norm")
 SCORING_DTYPES = ("bf16", "fp16", "fp32")
@@ -36,8 +37,9 @@ class ImportanceArguments:
     importance_method: str = field(
         default="presample",
         metadata={
-            "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's) or "
-            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs)."
+            "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's), "
+            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs), or 'auto' (whichever "
+            "is measured to be cheapest)."
         },
     )
     importance_budget: str = field(
@@ -69,10 +71,10 @@ class ImportanceArguments:
     )
     # None stands in the type of this and the next field so that HfArgumentParser reads a number or a word.
     presample_ratio: float | str | None = field(
-        default=3.0,
+        default=None,
         metadata={
             "help": "Examples scored in an importance step for each one of the batch, B / b. Above 1, or 'auto': what "
-            "is cheapest for the measured kappa and tau."
+            "is cheapest for the measured kappa and tau. By default 3, and 'auto' with importance_method='auto'."
         },
     )
     resampling: str = field(
@@ -132,6 +134,8 @@ class ImportanceArguments:
         _check_choice("resampling", self.resampling, get_args(Resampling))
         if self.scoring_dtype is not None:
             _check_choice("scoring_dtype", self.scoring_dtype, SCORING_DTYPES)
+        if self.presample_ratio is None:
+            self.presample_ratio = AUTO if self.importance_method == "auto" else 3.0
         self.presample_ratio = _number_or_auto(
             "presample_ratio",
             self.presample_ratio,
@@ -144,8 +148,8 @@ class ImportanceArguments:
                 "tau is never below 1, so importance sampling would always be on; leave it None for the threshold "
                 "derived from presample_ratio.",
             )
-        if self.importance_method == "history":
-            self._check_history()
+        if self.importance_method in REMEMBERING:
+            self._check_remembering()
         if not 0 <= self.tau_momentum < 1:
             raise ValueError(
                 f"tau_momentum must lie in [0, 1), but it is {self.tau_momentum}. It is the share of the old average "
@@ -160,17 +164,23 @@ class ImportanceArguments:
         if following is not None:
             following()
 
-    def _check_history(self) -> None:
+    def _check_remembering(self) -> None:
         if self.batch_norm not in ("untouched", "frozen"):
             raise ValueError(
-                f"batch_norm={self.batch_norm!r} takes its running statistics from scored pools, and "
-                "importance_method='history' scores none. Use 'untouched' or 'frozen', or "
-                "importance_method='presample'."
+                f"batch_norm={self.batch_norm!r} takes its running statistics from scored pools, and the steps that "
+                f"importance_method={self.importance_method!r} draws by remembered scores have none. Use 'untouched' "
+                "or 'frozen', or importance_method='presample'."
             )
         if self.importance_score == "gradient_norm":
             raise ValueError(
-                "importance_score='gradient_norm' takes a backward pass an example, and importance_method='history' "
-                "makes no pass of its own. Use 'upper_bound' or 'loss', or importance_method='presample'."
+                "importance_score='gradient_norm' takes a backward pass an example, and the scores that "
+                f"importance_method={self.importance_method!r} remembers come from training's own. Use 'upper_bound' "
+                "or 'loss', or importance_method='presample'."
+            )
+        if self.importance_method == "auto" and self.tau_threshold not in (None, AUTO):
+            raise ValueError(
+                f"tau_threshold={self.tau_threshold} has no meaning with importance_method='auto', which goes by what "
+                "each method costs. Leave it None, or use importance_method='presample'."
             )
 
     @property
@@ -186,8 +196,9 @@ class ImportanceArguments:
     @property
     def needs_kappa(self) -> bool:
         """Whether a decision depends on what scoring costs."""
-        return self.importance_method == "presample" and (
-            self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time"
+        return self.importance_method == "auto" or (
+            self.importance_method == "presample"
+            and (self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time")
         )
 
     @property
