@@ -1,8 +1,9 @@
-r"""History against plain training on real tasks: equal steps, several seeds, test set looked at once.
+r"""Every method against plain training on real tasks: equal steps, several seeds, test set looked at once.
 
-Every seed trains the same model three times in a row in one process, which side first taking turns: plainly, with
+Every seed trains the same model once a side, in one process, which side first taking turns: plainly; by history with
 ``importance_budget="variance"`` (as many examples as plain training: equal compute, less noise) and with
-``"constant_variance"`` (equal steps, fewer examples). Everything else is equal::
+``"constant_variance"`` (equal steps, fewer examples); and, with that budget too, by pools scored in bf16 whose size
+follows the measured costs, and by ``"auto"``. Everything else is equal::
 
     python examples/remembered_scores.py --data path/to/data --models path/to/models --tasks fashion --seeds 0 1 2
     python examples/remembered_scores.py --report runs/remembered_scores.csv
@@ -40,13 +41,22 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting import relative_compute
 
+FRESH = {"importance_budget": "constant_variance", "scoring_dtype": "bf16"}
 SIDES = {
     "plain": {"importance_sampling": False},
     "variance": {"importance_method": "history"},
     "constant_variance": {"importance_method": "history", "importance_budget": "constant_variance"},
+    "presample": {"presample_ratio": "auto", **FRESH},
+    "auto": {"importance_method": "auto", **FRESH},
 }
 # Okabe-Ito: told apart by colour-blind readers too.
-COLORS = {"plain": "#0072B2", "variance": "#009E73", "constant_variance": "#D55E00"}
+COLORS = {
+    "plain": "#0072B2",
+    "variance": "#009E73",
+    "constant_variance": "#D55E00",
+    "presample": "#CC79A7",
+    "auto": "#E69F00",
+}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -253,7 +263,9 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     on_train = trainer.evaluate(task.train)
     on_test = trainer.evaluate(task.test)
-    last = next((e for e in reversed(trainer.state.log_history) if "importance/gain" in e), {})
+    last: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        last |= entry
     taus = [e["importance/tau"] for e in trainer.state.log_history if "importance/tau" in e]
     return {
         "side": side,
@@ -262,10 +274,11 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
         "training loss": on_train["eval_loss"],
         "test loss": on_test["eval_loss"],
         "test error": on_test["eval_error"],
-        "compute": relative_compute(last) if last else 1.0,
+        "compute": relative_compute(last) if taus else 1.0,
         "seconds": seconds,
         "cpu seconds": cpu,
         "gain": last.get("importance/gain", 1.0),
+        "kappa": last.get("importance/kappa", float("nan")),
         "largest tau": max(taus, default=float("nan")),
         "share of steps on": sum(e.get("importance/active_share", 0) for e in trainer.state.log_history)
         / max(len(taus), 1),
@@ -285,6 +298,8 @@ def report(file: Path, figure: Path) -> None:
     for task in tasks:
         for side in SIDES:
             found = [row for row in rows if row["task"] == task and row["side"] == side]
+            if not found:
+                continue
             cells = []
             for name in columns:
                 values = [row[name] for row in found]
@@ -300,7 +315,7 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
     for axes, name in zip(picture.subplots(1, len(shown)), shown, strict=True):
         for place, task in enumerate(tasks):
             plain = np.mean([r[name] for r in rows if r["task"] == task and r["side"] == "plain"])
-            for offset, side in zip((-0.22, 0, 0.22), SIDES, strict=True):
+            for offset, side in zip((-0.3, -0.15, 0, 0.15, 0.3), SIDES, strict=True):
                 values = [r[name] / plain for r in rows if r["task"] == task and r["side"] == side]
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
         axes.axvline(1, color="0.6", linewidth=1, zorder=0)
@@ -321,6 +336,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="In place of each task's own.")
     parser.add_argument("--output", type=Path, default=Path("runs/remembered_scores.csv"))
@@ -333,8 +349,9 @@ def main() -> None:
     for name in settings.tasks:
         task = TASKS[name](settings.data, settings.models)
         for seed in settings.seeds:
-            sides = list(SIDES)
-            for side in sides[seed % 3 :] + sides[: seed % 3]:
+            sides = list(settings.sides)
+            turn = seed % len(sides)
+            for side in sides[turn:] + sides[:turn]:
                 row = {"task": name, **run(task, side, seed, settings.output.parent / "trainer", settings.epochs)}
                 print(row, flush=True)
                 new = not settings.output.exists()

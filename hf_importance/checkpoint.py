@@ -72,7 +72,7 @@ HISTORY: dict[str, Schema] = {
     "passes": COUNT,
     "skipped_share": number(0, 1),
     "pass": Nullable(
-        {"batch_size": number(1, 2**31), "length": integer(1), "number": COUNT, "position": COUNT},
+        {"batch_size": number(1, 2**31), "length": integer(1), "number": COUNT, "uniform": FLAG, "position": COUNT},
     ),
 }
 

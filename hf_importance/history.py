@@ -102,6 +102,7 @@ class Pass:
         batch_size: Examples of a micro-batch on each rank, on average; at least 1. Sizes differ by one at most.
         length: Micro-batches.
         number: Passes drawn before this one.
+        uniform: Whether it was drawn uniformly, because nothing else would have gained.
         position: Micro-batches handed out.
     """
 
@@ -110,6 +111,7 @@ class Pass:
     batch_size: float
     length: int
     number: int
+    uniform: bool
     position: int = 0
 
     def rows(self, micro: int, rank: int, ranks: int) -> slice:
@@ -258,13 +260,14 @@ class History:
 
     # ---- Draw ----
 
-    def begin_pass(self, batch_size: float, length: int, ranks: int) -> None:
+    def begin_pass(self, batch_size: float, length: int, ranks: int, uniform: bool = False) -> None:
         """Draw the next pass.
 
         Args:
             batch_size: Examples of a micro-batch on each rank, on average; at least 1.
             length: Micro-batches on each rank.
             ranks: Number of ranks.
+            uniform: Visit all examples alike, with weights of 1.
 
         Raises:
             ValueError: Nothing is known to draw by, or the pass is longer than the dataset.
@@ -272,7 +275,8 @@ class History:
         size = math.floor(length * batch_size) * ranks
         if self.calibration is None or size > self.examples:
             raise ValueError(f"A pass of {size} examples cannot be drawn from {self.examples}.")
-        inclusion = bin_inclusion(self._relative, self._counts, size)
+        relative = torch.ones_like(self._relative) if uniform else self._relative
+        inclusion = bin_inclusion(relative, self._counts, size)
         generator = torch.Generator().manual_seed(key_to_seed(self.seed, self.passes, 4))
         order = torch.randperm(self.examples, generator=generator, dtype=torch.int32)
         # Off the ends, where rounding could add or lose a tooth.
@@ -284,7 +288,7 @@ class History:
         weights = torch.cat(
             [(size / self.examples / inclusion[calibration.bins(scores[i])]).float() for i in index.split(CHUNK)]
         )
-        self.current = Pass(index, weights, batch_size, length, self.passes)
+        self.current = Pass(index, weights, batch_size, length, self.passes, uniform)
         self.passes += 1
         self.skipped_share = 1 - size / self.examples
 
@@ -299,7 +303,7 @@ class History:
             "skipped_share": self.skipped_share,
             "pass": None
             if current is None
-            else {name: getattr(current, name) for name in ("batch_size", "length", "number", "position")},
+            else {name: getattr(current, name) for name in ("batch_size", "length", "number", "uniform", "position")},
         }
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ Decisions fall at a few points of an epoch, from figures that all ranks share, s
 
 - while no pass runs, ten times an epoch: the table is brought up to date, calibrated anew, and the gain to be expected
   is known
-- where a pass ends: the next one is drawn. It goes off only where an epoch begins, since nobody reads the Trainer's
-  own loader while passes run
+- where a pass ends: the next one is drawn. Nobody reads the Trainer's own loader while passes run, so it can be read
+  again only where an epoch begins; where memory stops paying before, the passes until then are uniform ones
 """
 
 from __future__ import annotations
@@ -121,6 +121,11 @@ class Remembering:
         return self.history.current is not None
 
     @property
+    def drawn(self) -> bool:
+        """Whether a pass runs that was drawn by the table, not uniformly."""
+        return self.history.current is not None and not self.history.current.uniform
+
+    @property
     def price(self) -> float:
         """What the noise of a uniform step costs by remembered scores, relative to it; infinite while unknown."""
         history = self.history
@@ -133,14 +138,16 @@ class Remembering:
         Args:
             otherwise: What the noise of a uniform step costs in the steps that come else: 1 if they are uniform.
         """
-        was_active = self.active
+        was_drawn = self.drawn
+        within = self.active and self._position > 0  # an epoch whose own batches nobody has read
         self.history.current, self._batches = None, None
         self.exchange()
         self.history.refit()
-        within = was_active and self._position > 0  # an epoch whose own batches nobody has read
-        if within or self.price * (1 if was_active else HYSTERESIS) < otherwise:
+        if self.price * (1 if was_drawn else HYSTERESIS) < (1.0 if within else otherwise):
             self._begin_pass(self.history.averages.gain)
-        return self.active
+        elif within:
+            self._begin_uniform_pass()
+        return self.drawn
 
     def _begin_pass(self, gain: float) -> None:
         """Draw a pass with batches as large as the budget asks for."""
@@ -150,11 +157,18 @@ class Remembering:
         left = max(self.updates - self._position, 1)
         # A pass over all examples would be uniform.
         passes = max(self.history.passes_for(fraction), 2 if fraction == 1 else 1)
-        updates = math.ceil(left / max(round(left / self.updates * passes), 1))
+        self._begin(fraction, math.ceil(left / max(round(left / self.updates * passes), 1)), uniform=False)
+
+    def _begin_uniform_pass(self) -> None:
+        """Draw a tenth of an epoch, or what is left of it, uniformly."""
+        left = max(self.updates - self._position, 1)
+        self._begin(1.0, min(max(self.updates // DECISIONS_PER_EPOCH, 1), left), uniform=True)
+
+    def _begin(self, fraction: float, updates: int, uniform: bool) -> None:
         length = min(updates * self.accumulation, max(self.micro_batches - self._position * self.accumulation, 1))
         # Where the last batch is short, or padded to be even over ranks, there are more places than examples.
         largest = self.history.examples / (length * self.ranks)
-        self.history.begin_pass(min(self.batch_size * fraction, largest), length, self.ranks)
+        self.history.begin_pass(min(self.batch_size * fraction, largest), length, self.ranks, uniform)
 
     # ---- Batches ----
 
@@ -202,8 +216,10 @@ class Remembering:
         averages.items += items
         averages.examples += examples
         if self.history.calibration is not None:
-            # Over a quarter of an epoch.
-            averages.add(count, uniform_moment, drawn_moment, 1 - 1 / max(self.updates / 4, 20))
+            # Over the examples of a quarter of an epoch, however many steps these are.
+            step = self.batch_size * self.accumulation * self.ranks
+            window = max(self.updates / 4, 20, 2 * FEWEST_EXAMPLES / step)
+            averages.add(count, uniform_moment, drawn_moment, (1 - 1 / window) ** (count / step))
 
     def log_entries(self, step: int) -> dict[str, float]:
         """Give the log entries of the method."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
+from hf_importance.costs import ASSUMED_KAPPA
 from hf_importance.sampling import effective_sample_size
 from hf_importance.switching import Switch
 
@@ -17,18 +18,19 @@ PREFIX = "importance/"
 def relative_compute(entry: Mapping[str, float]) -> float:
     """Compute of a run so far over that of uniform training for as many steps.
 
-    An example scored, a forward pass, counts as a third of one trained on: a backward pass costs about two forward
-    passes.
+    An example scored counts as κ of one trained on, as the entry says; as a third where it does not: a backward pass
+    costs about two forward passes.
 
     Args:
         entry: What a log entry, or ``train()``'s metrics, say of the counts.
 
     >>> counts = {"scored": 30, "trained": 10, "saved": 0}
-    >>> relative_compute({f"importance/examples_{name}": count for name, count in counts.items()})
-    2.0
+    >>> entry = {f"importance/examples_{name}": count for name, count in counts.items()}
+    >>> relative_compute(entry), relative_compute({**entry, "importance/kappa": 0.1})
+    (2.0, 1.3)
     """
     scored, trained, saved = (entry[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
-    return (trained + scored / 3) / (trained + saved)
+    return (trained + entry.get(f"{PREFIX}kappa", ASSUMED_KAPPA) * scored) / (trained + saved)
 
 
 @dataclass

@@ -33,7 +33,7 @@ class RevisitingMixin(PoolingMixin):
 
     @property
     def _revisiting(self) -> bool:
-        """Whether the steps are drawn by remembered scores."""
+        """Whether the steps are those of a pass, drawn by remembered scores or, where these do not pay, uniformly."""
         return self._remembering is not None and self._remembering.active
 
     @property
@@ -76,10 +76,10 @@ class RevisitingMixin(PoolingMixin):
         self._remembering.begin_step(epoch_iterator, skipped)
         if self._remembering.at_decision:
             self._settle()
-            revisited, presampled = self._revisiting, self._presampling
-            revisits = self._remembering.decide(self._price_otherwise())
-            # Where passes end they end with an epoch, and the next steps are uniform until presampling says otherwise.
-            if self._switch.turn(revisits or presampled, otherwise=presampled and revisits and not revisited):
+            presampled = self._presampling
+            drawn = self._remembering.decide(self._price_otherwise())
+            # Behind the last pass of an epoch the steps are uniform until presampling says otherwise.
+            if self._switch.turn(drawn or presampled, otherwise=drawn and presampled):
                 self._log_switch()
         return self._revisiting
 
@@ -87,13 +87,13 @@ class RevisitingMixin(PoolingMixin):
         """Give what the next steps cost if they are not drawn by remembered scores, relative to uniform ones."""
         if self.importance_args.importance_method != "auto" or not self._meter.measured:
             return 1.0
-        presampled = self._presampling_price() * (HYSTERESIS if self._revisiting else 1)
+        presampled = self._presampling_price() * (HYSTERESIS if self._switch.active and self._revisiting else 1)
         return min(presampled, 1.0)
 
     def _resume_source(self, saved: dict[str, Any]) -> None:
         """Let the switch be on if a pass goes on, or if the steps before were presampled."""
         presampled = self._switch.active and saved["pass"] is None and self.importance_args.importance_method == "auto"
-        self._switch.active = self._revisiting or presampled
+        self._switch.active = self._remembering.drawn or presampled
 
     def _remembered(self, num_batches: int) -> tuple[list, Tensor]:
         """Give the micro-batches of one optimizer step of a pass."""
@@ -101,7 +101,7 @@ class RevisitingMixin(PoolingMixin):
         self._settle()
         self._mark_step()
         batches = remembering.take(num_batches)
-        self._report.step(True)
+        self._report.step(self._switch.active)
         for _, weights in remembering.handed:
             self._report.weighted_batch(weights, len(weights), remembering.batch_size)
         examples = sum(len(weights) for _, weights in remembering.handed)

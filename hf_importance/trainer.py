@@ -202,10 +202,10 @@ class ImportanceMixin(ResumingMixin):
                 index = torch.cat([index for index, _ in history.handed]).long()
                 weights = torch.cat([weights for _, weights in history.handed]).double()
                 found = found / weights  # the batch brought its weights along
-                drawn = float((weights * found).square().sum())
             else:
                 index = torch.cat([index for _, index, _ in pending]).cpu()
-                drawn = float((history.history.proposed_weights(index) * found.square()).sum())
+            proposed = weights.square() if history.drawn else history.history.proposed_weights(index)
+            drawn = float((proposed * found.square()).sum())
         sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
         own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
         return own, None if index is None else (index, found, weights)

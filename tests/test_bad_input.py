@@ -17,7 +17,6 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
         ("presample_ratio", float("inf"), "presample_ratio must be a finite number above 1, or 'auto', but it is inf"),
         ("presample_ratio", float("nan"), "presample_ratio must be a finite number above 1, or 'auto', but it is nan"),
         ("presample_ratio", "big", "presample_ratio must be a finite number above 1, or 'auto', but it is big"),
-        ("presample_ratio", None, "presample_ratio must be a finite number above 1, or 'auto', but it is None"),
         ("tau_threshold", 1.0, "tau_threshold must be a finite number above 1, or 'auto', but it is 1.0"),
         ("tau_threshold", float("inf"), "tau_threshold must be a finite number above 1, or 'auto', but it is inf"),
         ("importance_budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),

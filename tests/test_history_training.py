@@ -348,3 +348,55 @@ def test_passes_fill_the_epoch_whatever_its_length(examples, batch, accumulation
         current.position += wanted
     assert current.position == current.length
     assert len(current.index.unique()) == len(current.index)
+
+
+# ---- Memory that stops paying ----
+
+
+class Fading(Look):
+    """Scores that memory knows until step 66, in the middle of an epoch, and then noise of a heavy tail."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_score_func=self.fade, **kwargs)
+        self.passes, self.noise = [], torch.Generator().manual_seed(0)
+
+    def fade(self, outputs, labels):
+        if self.state.global_step < 66:
+            return uneven(outputs, labels)
+        return 1000 * torch.rand(len(labels), generator=self.noise).pow(8)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        current = None if self._remembering is None else self._remembering.history.current
+        self.passes.append(None if current is None else (current.uniform, current.number))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_where_memory_stops_paying_the_rest_of_the_epoch_is_uniform(tmp_path):
+    ours = train(tmp_path, kind=Fading, score=None, max_steps=6 * STEPS)
+    kinds = ["trainer" if found is None else "uniform" if found[0] else "drawn" for found in ours.passes]
+    assert kinds[69] == "drawn" and "uniform" in kinds[70:80]
+    step = kinds.index("uniform")
+    for batch, kind in zip(ours.seen_batches, kinds, strict=True):
+        index, weights, _ = batch
+        assert len(set(index)) == len(index)
+        if kind == "uniform":
+            assert torch.equal(weights, torch.ones(BATCH))
+    # The epoch ends at step 80, and the Trainer's own loader goes on.
+    assert set(kinds[step:80]) == {"uniform"} and kinds[80] == "trainer"
+    assert logged(ours, "active")[19] == 0
+
+
+def test_a_run_is_resumed_in_a_uniform_pass(tmp_path):
+    settings = {"kind": Fading, "score": None, "max_steps": 82, "save_strategy": "steps"}
+    whole = train(tmp_path, save_steps=79, **settings)
+    assert whole.passes[78][0] and whole.passes[79][0]
+    resumed = Fading(
+        model=toys.bert(dropout=0.1),
+        args=arguments(tmp_path / "again", max_steps=82),
+        train_dataset=toys.sentences(EXAMPLES),
+    )
+    resumed.noise.manual_seed(1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-79"))
+    assert resumed.passes[0] == whole.passes[79]
+    assert [i for i, _, _ in resumed.seen_batches] == [i for i, _, _ in whole.seen_batches[79:]]
+    assert torch.equal(toys_parameters(resumed), toys_parameters(whole))

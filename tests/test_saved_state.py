@@ -37,7 +37,7 @@ VALID = {
         "averages": {"count": 9.0, "uniform_moment": 2.0, "drawn_moment": 1.0, "items": 80.0, "examples": 80.0},
         "passes": 2,
         "skipped_share": 0.5,
-        "pass": {"batch_size": 12.5, "length": 4, "number": 1, "position": 3},
+        "pass": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False, "position": 3},
     },
     "settings": {
         "importance_method": "history",
