@@ -9,26 +9,25 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback
 
-from hf_importance.progress import status
-from hf_importance.switching import Switch
+from hf_importance.progress import Status
 
 
 class TauNotebookProgressCallback(NotebookProgressCallback):
     """The Trainer's progress bar for a notebook, with τ behind it, and two columns more in its table.
 
     Args:
-        switch: Gives the live switch.
+        status: Says where the run stands.
     """
 
-    def __init__(self, switch: Callable[[], Switch]) -> None:
+    def __init__(self, status: Callable[[], Status]) -> None:
         super().__init__()
-        self._switch = switch
+        self._status = status
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar with τ in its comment; the Trainer's own update of the same step then finds it drawn."""
-        comment = f"Epoch {state.epoch:.2f}/{state.num_train_epochs}, {status(self._switch())}"
+        comment = f"Epoch {state.epoch:.2f}/{state.num_train_epochs}, {self._status()}"
         self.training_tracker.update(state.global_step + 1, comment=comment)
         super().on_step_end(args, state, control, **kwargs)
 
@@ -49,9 +48,7 @@ class TauNotebookProgressCallback(NotebookProgressCallback):
             self._complete_row()
 
     def _complete_row(self) -> None:
-        table, switch = self.training_tracker.inner_table, self._switch()
+        table, status = self.training_tracker.inner_table, self._status()
         # A row with the same first entry is filled up, not added.
         same_row = {table[0][0]: table[-1][0]}
-        self.training_tracker.write_line(
-            {**same_row, "τ": f"{switch.tau:.2f}", "Importance": "on" if switch.active else "off"}
-        )
+        self.training_tracker.write_line({**same_row, "τ": f"{status.tau:.2f}", "Importance": status.state})

@@ -31,7 +31,7 @@ from hf_importance.checkpoint import ImportanceStateCallback
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
 from hf_importance.lockstep import Lockstep
 from hf_importance.presampling import counted, score_outputs
-from hf_importance.progress import show_tau
+from hf_importance.progress import Status, show_tau
 from hf_importance.reporting import PREFIX
 from hf_importance.resuming import ResumingMixin
 from hf_importance.switching import tau_from_sums
@@ -73,7 +73,7 @@ class ImportanceMixin(ResumingMixin):
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(lambda: self._saved_state)
             self.add_callback(self._state_callback)
-            show_tau(self, lambda: self._switch)
+            show_tau(self, self._status)
             self._begin_importance()
         self._seen_state: object = None
 
@@ -276,6 +276,17 @@ class ImportanceMixin(ResumingMixin):
             )
         names = {"active": float(switch.active), "switches": switch.switches, "tau": switch.tau}
         self.log({PREFIX + name: value for name, value in names.items()})
+
+    def _status(self) -> Status:
+        """Say where the run stands, for the progress bar."""
+        switch, method = self._switch, self.importance_args.importance_method
+        if method == "presample":
+            sign, limit = (">", switch.off_below) if switch.active else ("<", switch.threshold)
+            return Status(switch.tau, f"{sign} {limit:.2f}", "on" if switch.active else "off")
+        gain = 1.0 if self._remembering is None else self._remembering.history.averages.gain
+        source = "history" if not self._presampling else "presample"
+        on = "on" if method == "history" else source
+        return Status(switch.tau, f"gain {gain:.2f}", on if switch.active else "off")
 
     def _method_entries(self) -> dict[str, float]:
         method, entries = self.importance_args.importance_method, {}

@@ -115,3 +115,14 @@ def test_switched_off_by_the_argument_the_metrics_are_the_trainers(tmp_path, dig
     ours = ImportanceTrainer(toys.vit(), toys.arguments(tmp_path, importance_sampling=False), train_dataset=small)
     plain = Trainer(toys.vit(), toys.arguments(tmp_path), train_dataset=small)
     assert ours.train().metrics.keys() == plain.train().metrics.keys()
+
+
+def test_with_memory_the_bar_shows_its_gain(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    args = toys.arguments(tmp_path, importance_method="history", max_steps=64, disable_tqdm=False)
+    uneven = lambda outputs, labels: 1.0 + 9.0 * (labels == 0).float()  # noqa: E731
+    with redirect_stderr(io.StringIO()) as terminal:
+        toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences(256), compute_score_func=uneven)
+    states = re.findall(r"τ ([\d.]+) gain ([\d.]+): (on|off)", terminal.getvalue())
+    assert states[0][1:] == ("1.00", "off")
+    assert states[-1][2] == "on" and float(states[-1][1]) > 1.5
