@@ -289,7 +289,7 @@ def test_another_methods_table_is_not_taken_up(tmp_path, before, caplog):
         toys.sentences(EXAMPLES),
         compute_score_func=score,
     )
-    resumed = build(tmp_path, "prioritized", save_strategy="no")
+    resumed = build(tmp_path, "prioritized", save_strategy="no", max_steps=13)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert "importance_method was" in caplog.text
     assert 7.0 not in resumed.importance_table()["score"][:]

@@ -14,7 +14,7 @@ from hf_importance.learning_rate import LARGEST_FACTOR, learning_rate_factor
 
 
 class Steps(TrainerCallback):
-    """Keeps the parameters before and after every step, and the learning rate that the optimizer holds after it."""
+    """Keeps the parameters before and after every step, and the learning rate that the optimizer holds behind it."""
 
     def __init__(self):
         self.parameters, self.rates, self.used = [], [], []
@@ -25,7 +25,7 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
         self.used.append({group["lr"] for group in optimizer.param_groups})
 
-    def on_step_end(self, args, state, control, optimizer, **kwargs):
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
         self.rates.append({group["lr"] for group in optimizer.param_groups})
 
 
@@ -82,6 +82,21 @@ def test_a_presampled_step_is_longer_by_the_root_or_all_of_its_gain(tmp_path, ru
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(second[1], factors[1] * first[1], rtol=1e-3, atol=1e-6)
     assert "importance/learning_rate_factor" not in plain.state.log_history[0]
+
+
+def test_uniform_steps_keep_the_users_learning_rate(tmp_path):
+    # Scores are flat from step 3 on: then it goes off.
+    trainer = ImportanceTrainer(
+        model=toys.bert(),
+        args=toys.always_on(tmp_path, logging_steps=1, learning_rate_scaling="linear"),
+        train_dataset=toys.sentences(256),
+        compute_score_func=lambda o, y: uneven(o, y) if trainer.state.global_step < 3 else torch.ones(len(y)),
+    )
+    trainer.train()
+    factors, active = (logged(trainer, "importance/" + key) for key in ("learning_rate_factor", "active_share"))
+    assert active == [0, 1, 1, 1, 0, 0, 0, 0]
+    assert [factor > 1 for factor in factors] == [share == 1 for share in active]
+    assert factors[4:] == [1.0] * 4
 
 
 def test_history_follows_its_measured_gain(tmp_path):
