@@ -4,7 +4,7 @@ import pytest
 import torch
 from launchers import ACCELERATE, ALONE, launch, results
 
-pytestmark = pytest.mark.slow  # about a minute of two shared CPU cores
+pytestmark = pytest.mark.slow  # 40 s on two shared CPU cores
 
 
 @pytest.fixture(scope="module")
