@@ -58,7 +58,7 @@ def main() -> None:
 
     train()
     before = peak()
-    loader = torch.utils.data.DataLoader(range(count), batch_size=batch)  # pyright: ignore[reportArgumentType]
+    loader = torch.utils.data.DataLoader(range(count), batch_size=batch)
     remembering = Remembering(ImportanceArguments(), loader, 1, 0, 1, 0, lambda rows: rows)
     history = remembering.history
     visits = [torch.randint(count, (batch,), generator=random) for _ in range(50)]

@@ -184,13 +184,13 @@ def clothing(data: Path, models: Path) -> Task:
 
 
 def cifar(data: Path, models: Path) -> Task:
-    """Fine-tune ResNet-20, trained on CIFAR-10, on 5,000 of its pictures re-encoded as JPEG."""
+    """Fine-tune ResNet-20, trained on CIFAR-10, on 2,000 of its pictures re-encoded as JPEG."""
     folder = data / "cifar10_jpeg_20k"
     return Task(
         lambda: AutoModelForImageClassification.from_pretrained(models / "cifar_resnet20", trust_remote_code=True),
-        pictures(folder, "train", 5_000, 32, 0.47, 0.25),
+        pictures(folder, "train", 2_000, 32, 0.47, 0.25),
         pictures(folder, "test", None, 32, 0.47, 0.25),
-        {"per_device_train_batch_size": 64, "num_train_epochs": 6, "learning_rate": 0.01, "optim": "sgd",
+        {"per_device_train_batch_size": 64, "num_train_epochs": 5, "learning_rate": 0.01, "optim": "sgd",
          "optim_args": "momentum=0.9"},
     )  # fmt: skip
 
@@ -213,8 +213,8 @@ def sst2(data: Path, models: Path) -> Task:
 
 
 def clinc(data: Path, models: Path) -> Task:
-    """Fine-tune MiniLM on 3,000 requests, 150 classes."""
-    return _minilm(models, data / "clinc150", 3_000, 150, 5)
+    """Fine-tune MiniLM on 1,500 requests, 150 classes."""
+    return _minilm(models, data / "clinc150", 1_500, 150, 4)
 
 
 def shakespeare(data: Path, models: Path) -> Task:

@@ -85,7 +85,7 @@ def _move(layer: _BatchNorm, moments: Moments) -> None:
     mean = moments.total / moments.count
     # The unbiased variance, as torch keeps it.
     variance = (moments.squares - moments.count * mean.square()).clamp(min=0) / (moments.count - 1).clamp(min=1)
-    layer.num_batches_tracked += 1  # pyright: ignore[reportOperatorIssue] (None only where nothing is tracked)
+    layer.num_batches_tracked += 1  # pyrefly: ignore[bad-assignment] (None only where nothing is tracked)
     momentum = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
     layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
     layer.running_var.lerp_(variance.to(layer.running_var.dtype), momentum)

@@ -97,7 +97,7 @@ def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], ba
     workers = {"prefetch_factor": (like.prefetch_factor or 2) * batches_ahead} if like.num_workers else {}
     return DataLoader(
         batches,
-        sampler=positions,  # pyright: ignore[reportArgumentType]
+        sampler=positions,
         batch_size=None,
         num_workers=like.num_workers,
         # torch warns where there is nothing to copy to.

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from hf_importance.costs import ASSUMED_KAPPA
 from hf_importance.reporting import PREFIX, relative_compute
 from hf_importance.training_args import ImportanceArguments
 
@@ -100,12 +101,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _compute(last: Mapping[str, Any]) -> str:
     scored, trained, saved = (last[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
+    kappa = last.get(PREFIX + "kappa", ASSUMED_KAPPA)
     rows = [
         ("optimizer steps", f"{last['step']:,}", f"{last['step']:,}"),
         ("of them drawn by importance", f"{last[PREFIX + 'steps_on']:,}" if PREFIX + "steps_on" in last else "-", "0"),
         ("examples trained on", f"{trained:,}", f"{trained + saved:,}"),
         ("examples scored by a forward pass of their own", f"{scored:,}", "0"),
-        ("compute (a forward pass is a third of a training pass)", f"{relative_compute(last):.2f}", "1"),
+        (f"compute (scoring an example is {kappa:.2g} of training on it)", f"{relative_compute(last):.2f}", "1"),
     ]
     return _table(("", "this run", "uniform, as many steps"), rows)
 

@@ -104,6 +104,8 @@ class Pass:
         number: Passes drawn before this one.
         uniform: Whether it was drawn uniformly, because nothing else would have gained.
         position: Micro-batches handed out.
+        inverse: Inverse probabilities of the visits over their mean, where the weights are others; float32, shape
+            ``(n,)``.
     """
 
     index: Tensor
@@ -111,8 +113,14 @@ class Pass:
     batch_size: float
     length: int
     number: int
-    uniform: bool
+    uniform: bool = False
     position: int = 0
+    inverse: Tensor | None = None
+
+    @property
+    def undoing(self) -> Tensor:
+        """Weights of mean 1 that sums over all examples are estimated with."""
+        return self.weights if self.inverse is None else self.inverse
 
     def rows(self, micro: int, rank: int, ranks: int) -> slice:
         """Give where in the pass a rank's examples of one micro-batch are."""
@@ -316,6 +324,8 @@ class History:
             found |= {"relative": self._relative, "counts": self._counts}
         if self.current is not None:
             found |= {"index": self.current.index, "weights": self.current.weights}
+            if self.current.inverse is not None:
+                found["inverse"] = self.current.inverse
         return found
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -329,4 +339,4 @@ class History:
             self.calibration = Calibration(tensors["edges"], tensors["levels"])
             self._relative, self._counts = tensors["relative"], tensors["counts"]
         if state["pass"] is not None:
-            self.current = Pass(tensors["index"], tensors["weights"], **state["pass"])
+            self.current = Pass(tensors["index"], tensors["weights"], **state["pass"], inverse=tensors.get("inverse"))

@@ -90,6 +90,6 @@ class KappaMeter:
 
 def _seconds(start: float | torch.Event, end: float | torch.Event) -> float:
     if isinstance(start, float) or isinstance(end, float):
-        return end - start  # pyright: ignore[reportOperatorIssue] (both, on a CPU)
+        return end - start  # both, on a CPU
     end.synchronize()
     return start.elapsed_time(end) / 1000

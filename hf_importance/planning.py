@@ -12,6 +12,7 @@ from hf_importance.batches import Padding, Pool, batch_size_of, reserve_unit
 from hf_importance.costs import HYSTERESIS, Plan, plan, price
 from hf_importance.kappa import KappaMeter
 from hf_importance.switching import Switch
+from hf_importance.training_args import PRESAMPLING
 from hf_importance.visits import without_index
 from hf_importance.weighted_loss import WeightedLossMixin
 
@@ -85,7 +86,7 @@ class PlanningMixin(WeightedLossMixin):
 
     def _mark(self) -> Any:
         """Give a point in time where κ is still to be measured and steps tell something about it."""
-        presampling = self._sampling and self.importance_args.importance_method != "history"
+        presampling = self._sampling and self.importance_args.importance_method in PRESAMPLING
         wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
         return self._meter.mark() if wanted else None
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer
 
-from hf_importance.reporting import PREFIX, relative_compute
+from hf_importance.reporting import PREFIX, WEIGHT_EDGES, relative_compute
+from hf_importance.trainer import ImportanceMixin
 
 try:
     from matplotlib.axes import Axes
@@ -36,6 +38,7 @@ PANELS = {
     "effective_sample_size": ("effective sample size (examples of a micro-batch)", 0),
     "max_weight": ("largest weight (times a uniform example's)", 0),
     "skipped_share": ("examples skipped (share)", 0),
+    "price_presample": ("price of presampling (uniform steps of the same noise)", 0),
     "table_age": ("age of the remembered scores (steps)", 0),
 }
 
@@ -61,7 +64,9 @@ def plot_training(source: Trainer | Log | str | Path, file: str | Path | None = 
     ours = [entry for entry in losses if PREFIX + "tau" in entry]
     names = [name for name in PANELS if any(_value(entry, name) is not None for entry in ours)]
     names = ["tau", *names] if ours else []
-    rows = 1 + (len(names) + 1) // 2
+    counts = source._report.weight_counts if isinstance(source, ImportanceMixin) and source._sampling else None
+    histogram = counts is not None and int(counts.sum()) > 0
+    rows = 1 + (len(names) + 1) // 2 + histogram
     figure = Figure(figsize=(9, 0.9 + 2.3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
     first = _loss(figure.add_subplot(grid[0, :]), log, losses)
@@ -77,21 +82,27 @@ def plot_training(source: Trainer | Log | str | Path, file: str | Path | None = 
         else:
             _panel(axes, name, ours)
     for axes in every:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
-        for start, end in spans:
-            axes.axvspan(start, end, **ON)
+        _against_steps(axes, spans, last=axes.get_subplotspec().rowspan.stop == rows - histogram)
     first.set_xlim(0, log[-1]["step"] * 1.01)
-    for axes in every:
-        if axes.get_subplotspec().is_last_row():
-            axes.set_xlabel("optimizer step")
+    if histogram:
+        _weights(figure.add_subplot(grid[-1, :]), counts)
     if ours:
         figure.suptitle(_summary(log, ours), x=0.01, ha="left", fontsize=10.5)
     if file is not None:
         figure.savefig(file, dpi=150)
     return figure
+
+
+def _against_steps(axes: Axes, spans: list[tuple[int, int]], last: bool) -> None:
+    """Shade the steps in which it was on; name the axis in the last row."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    for start, end in spans:
+        axes.axvspan(start, end, **ON)
+    if last:
+        axes.set_xlabel("optimizer step")
 
 
 def _log_of(source: Trainer | Log | str | Path) -> Log:
@@ -139,8 +150,11 @@ def _loss(axes: Axes, log: Log, losses: Log) -> Axes:
 def _tau(axes: Axes, log: Log, ours: Log) -> None:
     steps = [entry["step"] for entry in ours]
     axes.plot(steps, [e[PREFIX + "tau"] for e in ours], color=VERMILLION, label="τ")
-    threshold = [entry[PREFIX + "tau_threshold"] for entry in ours]
-    axes.plot(steps, threshold, color=BLACK, linestyle=":", label="threshold")
+    threshold = [
+        (entry["step"], entry[PREFIX + "tau_threshold"]) for entry in ours if PREFIX + "tau_threshold" in entry
+    ]
+    if threshold:  # other methods do not go by one
+        axes.plot(*zip(*threshold, strict=True), color=BLACK, linestyle=":", label="threshold")
     for active, marker, label in ((1.0, "^", "goes on"), (0.0, "v", "goes off")):
         events = [e for e in log if PREFIX + "active" in e and "loss" not in e and e[PREFIX + "active"] == active]
         if events:
@@ -159,6 +173,20 @@ def _panel(axes: Axes, name: str, ours: Log) -> None:
     if name.endswith("_share"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(title, loc="left", fontsize=10)
+
+
+def _weights(axes: Axes, counts: Tensor) -> None:
+    used = counts.nonzero().flatten()
+    first, last = int(used[0]), int(used[-1]) + 1
+    edges = WEIGHT_EDGES[first : last + 1]
+    axes.stairs((counts[first:last] / counts.sum()).tolist(), edges, fill=True, color=GREEN, alpha=0.6)
+    axes.axvline(1, color=BLACK, linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("importance weight (1: as in a uniform batch)")
+    axes.set_title("weights of the examples drawn (share, by the half octave)", loc="left", fontsize=10)
 
 
 def _spans(log: Log) -> list[tuple[int, int]]:

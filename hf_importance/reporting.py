@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from hf_importance.costs import ASSUMED_KAPPA
@@ -13,6 +14,8 @@ from hf_importance.sampling import effective_sample_size
 from hf_importance.switching import Switch
 
 PREFIX = "importance/"
+OCTAVES = 7  # on each side of a weight of 1, of the histogram of weights; what lies outside counts into its last bars
+WEIGHT_EDGES = [2.0 ** (half / 2) for half in range(-2 * OCTAVES, 2 * OCTAVES + 1)]
 
 
 def relative_compute(entry: Mapping[str, float]) -> float:
@@ -55,6 +58,8 @@ class Report:
         self._sum_over_ranks = sum_over_ranks
         self.totals = Totals()
         self._unsynced = Totals()
+        # Weights of what this process drew, by the half octave: see WEIGHT_EDGES.
+        self.weight_counts = torch.zeros(len(WEIGHT_EDGES) - 1, dtype=torch.int64)
         self.steps_on = 0  # optimizer steps drawn by importance since the start; the same on every rank
         self._all_scoring_seconds = 0.0
         self.mark()
@@ -87,6 +92,8 @@ class Report:
         self._unsynced.examples_distinct += distinct
         self._sample_sizes.append(effective_sample_size(weights))
         self._max_weight = max(self._max_weight, float(weights.max()))
+        halves = (2 * weights.log2()).floor().long() + OCTAVES * 2
+        self.weight_counts += halves.clamp_(0, len(self.weight_counts) - 1).bincount(minlength=len(self.weight_counts))
 
     def step(self, active: bool) -> None:
         """Count an optimizer step, trained uniformly or by importance."""
@@ -146,12 +153,16 @@ class Report:
         self._restart()
         return {PREFIX + name: value for name, value in entries.items()}
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, kappa: float | None) -> dict[str, float]:
         """Give the metrics of a finished run. All ranks must call it.
 
+        Args:
+            kappa: κ, where it was measured.
+
         Returns:
-            ``importance/steps_on``, and ``importance/examples_scored``, ``_trained`` and ``_saved`` over all ranks,
-            since the start of training; ``importance/scoring_seconds`` of this process, since this report began.
+            ``importance/kappa``, if any; ``importance/steps_on``, and ``importance/examples_scored``, ``_trained`` and
+            ``_saved`` over all ranks, since the start of training; ``importance/scoring_seconds`` of this process,
+            since this report began.
         """
         self.sync()
         totals = self.totals
@@ -161,5 +172,6 @@ class Report:
             "examples_trained": totals.examples_trained,
             "examples_saved": totals.examples_saved,
             "scoring_seconds": round(self._all_scoring_seconds, 4),
+            **({} if kappa is None else {"kappa": kappa}),
         }
         return {PREFIX + name: value for name, value in entries.items()}

@@ -28,6 +28,7 @@ from hf_importance.reporting import Report, Totals
 from hf_importance.revisiting import RevisitingMixin
 from hf_importance.streams import Stream
 from hf_importance.switching import Switch
+from hf_importance.training_args import BASELINES
 from hf_importance.whole_checkpoints import STATE_FILE, HalfWritten, check_whole, checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 class ResumingMixin(RevisitingMixin):
     """Begins, saves and resumes the state of importance sampling."""
+
+    # The Trainer's state that all this began with.
+    _seen_state: object
 
     def _begin_importance(self) -> None:
         settings = self.importance_args
@@ -71,9 +75,12 @@ class ResumingMixin(RevisitingMixin):
             self._report.totals = Totals(**saved["totals"])
             self._report.steps_on = saved["steps_on"]
             self._loss_scale.over_step = saved["loss_over_step"]
-            self._resumed_history = saved["history"]
             self._meter.load(saved["kappa"])
             current = self._settings()
+            methods = {saved["settings"]["importance_method"], current["importance_method"]}
+            # Losses are no scores: a baseline's table is of no use to another method, nor another's to it.
+            foreign = len(methods) > 1 and not methods.isdisjoint(BASELINES)
+            self._resumed_history = None if foreign else saved["history"]
             self._reserve_start = resumed_position(saved["reserve_position"], saved["settings"], current)
             changed = changed_settings(saved["settings"], current)
             self._resumed_as_saved = changed is None
@@ -179,7 +186,7 @@ class ResumingMixin(RevisitingMixin):
         self._report.mark()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``Trainer`` does; the reserve's workers, and what was set on BatchNorm layers, end with the run.
+        """Train as ``Trainer`` does; workers of our own, and what was set on BatchNorm layers, end with the run.
 
         A checkpoint is resumed from only if it is whole: True takes the newest that is, and warns of those it passes
         over.
@@ -205,6 +212,9 @@ class ResumingMixin(RevisitingMixin):
             self._hold_batch_norm(training=True, weights=None)
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
+            if self._sampling and self._remembering is not None:
+                # Left to the garbage collector, worker processes that still wait are waited for, 5 s each.
+                self._remembering.end_batches()
 
     def _report_savings(self) -> None:
         totals = self._report.totals

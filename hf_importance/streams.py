@@ -86,4 +86,4 @@ class Stream:
     def _set_epoch(self) -> None:
         """Shuffle as this pass does, not as the Trainer's epoch."""
         if hasattr(self._loader, "set_epoch"):
-            self._loader.set_epoch(self.passes)  # pyright: ignore[reportAttributeAccessIssue]
+            self._loader.set_epoch(self.passes)

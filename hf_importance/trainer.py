@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -29,13 +29,14 @@ from hf_importance.batches import WEIGHTS, batch_size_of
 from hf_importance.cards import extend_card
 from hf_importance.checkpoint import ImportanceStateCallback
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
+from hf_importance.learning_rate import LearningRateCallback
 from hf_importance.lockstep import Lockstep
 from hf_importance.presampling import counted, score_outputs
 from hf_importance.progress import Status, show_tau
 from hf_importance.reporting import PREFIX
 from hf_importance.resuming import ResumingMixin
 from hf_importance.switching import tau_from_sums
-from hf_importance.training_args import REMEMBERING, ImportanceArguments
+from hf_importance.training_args import BASELINES, PRESAMPLING, REMEMBERING, ImportanceArguments
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +68,17 @@ class ImportanceMixin(ResumingMixin):
         self.importance_args = given if isinstance(given, ImportanceArguments) else ImportanceArguments()
         self.compute_score_func = compute_score_func
         self._sampling = self.importance_args.importance_sampling
-        self._compiled: tuple[nn.Module, Callable[..., Any]] | None = None
+        self._compiled = None
         self._look_at_model()
         if self._sampling:
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(lambda: self._saved_state)
             self.add_callback(self._state_callback)
+            if self.importance_args.learning_rate_scaling is not None:
+                self.add_callback(LearningRateCallback(lambda: self._learning_rate_factor))
             show_tau(self, self._status)
             self._begin_importance()
-        self._seen_state: object = None
+        self._seen_state = None
 
     # ---- The step ----
 
@@ -92,7 +95,7 @@ class ImportanceMixin(ResumingMixin):
             return self._train_loader
         if settings.importance_method in REMEMBERING:
             check_history(data, settings, self.args)
-        if settings.importance_method != "history" and not isinstance(data, IterableDataset):
+        if settings.importance_method in PRESAMPLING and not isinstance(data, IterableDataset):
             if self._train_batch_size != self.args.train_batch_size:  # auto_find_batch_size
                 check_threshold(settings, self.args, self._train_batch_size)
             check_dataset(len(data), self._train_batch_size, settings.ratio)
@@ -108,6 +111,7 @@ class ImportanceMixin(ResumingMixin):
             The micro-batches, and the number of items that the step's loss is divided by.
         """
         self._step_items = None
+        self._learning_rate_factor = 1.0
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
@@ -195,20 +199,22 @@ class ImportanceMixin(ResumingMixin):
         host = torch.cat([*(score for score, _, _ in pending), *(items.float()[None] for _, _, items in pending)])
         found, items = host.cpu().double().split([sum(sizes), len(sizes)])
         empty = 0.0 if self._loss_scale.over_step else float((items == 0).sum())
-        weights, history = torch.ones_like(found), self._remembering
+        given = weights = torch.ones_like(found)
+        history = self._remembering
         index, drawn = None, 0.0
         if history is not None:
             if history.active:
                 index = torch.cat([index for index, _ in history.handed]).long()
-                weights = torch.cat([weights for _, weights in history.handed]).double()
-                found = found / weights  # the batch brought its weights along
+                given = torch.cat([given for _, given in history.handed]).double()
+                found = found / given  # the batch brought its weights along
+                weights = history.undoing.double()
             else:
                 index = torch.cat([index for _, index, _ in pending]).cpu()
             proposed = weights.square() if history.drawn else history.history.proposed_weights(index)
             drawn = float((proposed * found.square()).sum())
         sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
         own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
-        return own, None if index is None else (index, found, weights)
+        return own, None if index is None else (index, found, given)
 
     def _take_in(
         self, count: float, total: float, squares: float, drawn: float, empty: float, items: float, examples: float
@@ -283,6 +289,8 @@ class ImportanceMixin(ResumingMixin):
         if method == "presample":
             sign, limit = (">", switch.off_below) if switch.active else ("<", switch.threshold)
             return Status(switch.tau, f"{sign} {limit:.2f}", "on" if switch.active else "off")
+        if method in BASELINES:
+            return Status(switch.tau, method, "on" if switch.active else "off")
         gain = 1.0 if self._remembering is None else self._remembering.history.averages.gain
         source = "history" if not self._presampling else "presample"
         on = "on" if method == "history" else source
@@ -292,7 +300,7 @@ class ImportanceMixin(ResumingMixin):
         method, entries = self.importance_args.importance_method, {}
         if method == "presample":
             entries["tau_threshold"] = self._switch.threshold
-        if method != "history":
+        if method in PRESAMPLING:
             entries["kappa"] = self._meter.kappa
         if method == "auto":
             entries["price_presample"] = self._presampling_price()
@@ -306,8 +314,10 @@ class ImportanceMixin(ResumingMixin):
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
             logs.update(self._report.drain(self._switch, self._method_entries()))
+            if self.importance_args.learning_rate_scaling is not None:
+                logs[PREFIX + "learning_rate_factor"] = self._learning_rate_factor
         elif self._sampling and self.is_in_train and "train_runtime" in logs:  # also what train() returns
-            logs.update(self._report.summary())
+            logs.update(self._report.summary(self._meter.kappa if self._meter.measured else None))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, baseline: dict[str, float] | None = None, **kwargs: Any) -> None:

@@ -193,4 +193,4 @@ class WeightedLossMixin(Trainer):
     def _sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
         if self._ranks == 1:
             return tensor
-        return self.accelerator.reduce(tensor, "sum")  # pyright: ignore[reportReturnType] (a tensor for a tensor)
+        return self.accelerator.reduce(tensor, "sum")  # pyrefly: ignore[bad-return] (a tensor for a tensor)

@@ -1,6 +1,7 @@
 """What the documents show: every block of Python runs, every command names what exists, every link leads somewhere."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def test_both_sides_of_the_diff_train(source, side, reader):
     exec(compile("\n".join(lines), "diff", "exec"), reader)
     assert reader["trainer"].state.global_step == 24  # 64 examples by 8, three times
     assert type(reader["trainer"]).__name__ == ("Trainer" if side == "-" else "ImportanceTrainer")
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
+    assert (ROOT / "docs" / "reference.md").read_text() == made, "run: python docs/make_reference.py"
 
 
 @pytest.mark.parametrize("source", blocks("bash"))

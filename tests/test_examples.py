@@ -146,8 +146,9 @@ def test_compare_runs_both_sides_and_writes_table_and_figure(tmp_path, monkeypat
     assert [(row["side"], row["seed"]) for row in rows] == [("plain", "3"), ("importance", "3")]
     plain, ours = (results(tmp_path / "out" / f"{side}-3") for side in ("plain", "importance"))
     assert [float(row["eval_accuracy"]) for row in rows] == [plain["eval_accuracy"], ours["eval_accuracy"]]
-    # A step by importance scores three batches, each at a third of the cost of training on it; there are three steps.
-    assert [float(row["compute"]) for row in rows] == [1.0, pytest.approx(1 + ours["importance/steps_on"] / 3)]
+    # A step by importance scores three batches, each at kappa of the cost of training on it; there are three steps.
+    kappa = ours.get("importance/kappa", 1 / 3)
+    assert [float(row["compute"]) for row in rows] == [1.0, pytest.approx(1 + ours["importance/steps_on"] * kappa)]
     assert ours["importance/steps_on"] >= 1
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     printed = capfd.readouterr().out

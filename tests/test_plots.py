@@ -4,10 +4,12 @@ import importlib
 import sys
 
 import pytest
+import torch
 import toys
 
 from hf_importance import ImportanceTrainer, plots
 from hf_importance.plots import PANELS, VERMILLION, plot_training
+from hf_importance.reporting import WEIGHT_EDGES, Report
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,10 @@ def logged(log, key):
 
 def test_every_panel_holds_what_was_logged(trainer):
     figure = plot_training(trainer)
-    assert titles(figure) == ["loss", "τ", "gain", "effective sample size", "largest weight"]
+    panels = ["loss", "τ", "gain", "effective sample size", "largest weight"]
+    assert titles(figure) == [*panels, "weights of the examples drawn"]
     log = trainer.state.log_history
-    loss, tau, gain, size, weight = figure.axes
+    loss, tau, gain, size, weight, histogram = figure.axes
     assert drawn(loss)["training"] == logged(log, "loss")
     assert drawn(loss)["evaluation"] == [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
     assert drawn(tau)["τ"] == logged(log, "importance/tau")
@@ -45,14 +48,38 @@ def test_every_panel_holds_what_was_logged(trainer):
     for axes, name in ((gain, "batch_size_gain"), (size, "effective_sample_size"), (weight, "max_weight")):
         assert list(drawn(axes).values()) == [logged(log, f"importance/{name}")]
     # On from the switch to the end, in every panel.
-    for axes in figure.axes:
+    for axes in figure.axes[:-1]:
         (span,) = [patch for patch in axes.patches if patch.get_alpha()]
         assert (span.get_x(), span.get_width()) == (1, 7)
-    assert "On in 88% of 8 steps, 1 switch; compute 1.88 times" in figure.get_suptitle()
+    kappa = 1 / 3  # too short a run to measure it
+    assert f"On in 88% of 8 steps, 1 switch; compute {1 + 7 * 3 * kappa / 8:.2f} times" in figure.get_suptitle()
+    # The histogram holds each example drawn once: 7 batches of 16.
+    (stairs,) = histogram.patches
+    assert trainer._report.weight_counts.sum() == 7 * 16
+    assert sum(stairs.get_data().values) == pytest.approx(1)
+    assert titles(plot_training(log)) == panels  # a log holds no histogram
+
+
+def test_the_histogram_counts_weights_by_the_half_octave():
+    report = Report(lambda values: values)
+    report.weighted_batch(torch.tensor([1.0, 1.3, 1.5, 0.99, 1e-9, 1e9]), distinct=6, own=6)
+    counts = dict(zip(WEIGHT_EDGES, report.weight_counts.tolist(), strict=False))
+    assert counts[1.0] == 2 and counts[2**0.5] == 1 and counts[2**-0.5] == 1
+    assert report.weight_counts[0] == report.weight_counts[-1] == 1
+
+
+@pytest.mark.parametrize("method", ["history", "auto"])
+def test_a_method_without_a_threshold_is_drawn(tmp_path, method):
+    args = toys.arguments(tmp_path, importance_method=method, max_steps=4)
+    ours = toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences(64))
+    figure = plot_training(ours)
+    assert "threshold" not in drawn(figure.axes[1])
+    assert ("price of presampling" in titles(figure)) == (method == "auto")
 
 
 def test_a_method_with_memory_gets_its_panels_and_a_measured_gain_goes_first(trainer):
-    more = {"importance/gain": 1.25, "importance/skipped_share": 0.5, "importance/table_age": 7.0}
+    more = {"gain": 1.25, "skipped_share": 0.5, "table_age": 7.0, "price_presample": 0.9}
+    more = {f"importance/{name}": value for name, value in more.items()}
     log = [{**entry, **(more if "loss" in entry else {})} for entry in trainer.state.log_history]
     figure = plot_training(log)
     assert titles(figure)[-2:] == ["examples skipped", "age of the remembered scores"]

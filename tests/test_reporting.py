@@ -83,9 +83,9 @@ def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
     assert summary["importance/examples_saved"] == 2 * 3
 
 
-def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
-    parser = HfArgumentParser(ImportanceTrainingArguments)
-    settings = {
+# Some arguments refuse each other.
+ARGUMENTS = [
+    {
         "importance_sampling": False,
         "importance_method": "history",
         "uniform_share": 0.25,
@@ -99,9 +99,30 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path):
         "scoring_batch_size": 7,
         "scoring_dtype": "bf16",
         "batch_norm": "frozen",
-    }
+        "weight_exponent": 0.5,
+    },
+    {
+        "importance_method": "online_batch_selection",
+        "importance_score": "loss",
+        "selection_pressure": 50.0,
+        "final_selection_pressure": 2.0,
+        "recompute_every": 600,
+        "priority_exponent": 0.7,
+        "correction_exponent": 0.5,
+        "redraw_every": 4,
+    },
+    {"learning_rate_scaling": "sqrt"},
+]
+
+
+def test_every_argument_is_listed():
     fields = {f.name for f in ImportanceTrainingArguments.__mro__[1].__dataclass_fields__.values()}
-    assert fields == set(settings)
+    assert fields == {name for settings in ARGUMENTS for name in settings}
+
+
+@pytest.mark.parametrize("settings", ARGUMENTS)
+def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path, settings):
+    parser = HfArgumentParser(ImportanceTrainingArguments)
     line = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
     assert {name: getattr(args, name) for name in settings} == settings
