@@ -82,7 +82,7 @@ def test_a_method_with_memory_gets_its_panels_and_a_measured_gain_goes_first(tra
     more = {f"importance/{name}": value for name, value in more.items()}
     log = [{**entry, **(more if "loss" in entry else {})} for entry in trainer.state.log_history]
     figure = plot_training(log)
-    assert titles(figure)[-2:] == ["examples skipped", "age of the remembered scores"]
+    assert titles(figure)[-3:] == ["examples skipped", "price of presampling", "age of the remembered scores"]
     assert {value for _, value in next(iter(drawn(figure.axes[2]).values()))} == {1.25}
     assert len(figure.axes) == 2 + len(PANELS)
 
