@@ -1,4 +1,4 @@
-"""Colours, axes, the line below every figure that says how it was made, and the CSV files that figures are drawn from."""
+"""Colours, axes, the line below every figure that says how it was made, and the CSV files they are drawn from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two networks of the paper that transformers does not have, as ``PreTrainedModel``s, so that ``Trainer`` trains them.
+"""The two networks of the paper that transformers does not have, as models that ``Trainer`` trains.
 
 Both are small by config: the same class is the paper's network and the one that a CPU trains in seconds.
 """

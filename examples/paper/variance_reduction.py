@@ -58,7 +58,7 @@ class Size:
         widen: Of the network.
         side: Of the pictures, in pixels.
         steps: Of training.
-        every: Steps between two measurements.
+        every: Steps between two measurements; 0: after 1/64, 1/32, ... of all steps, since most happens early.
         pool: Examples that are drawn from, B.
         kept: How many are drawn, b; also the training batch.
     """
@@ -68,7 +68,7 @@ class Size:
     widen: int = 1
     side: int = 8
     steps: int = 400
-    every: int = 80
+    every: int = 0
     pool: int = 1024
     kept: int = 128
 
@@ -169,15 +169,22 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 class Probe(TrainerCallback):
-    """Calls a function with the model at the start and every so many steps."""
+    """Calls a function with the model after given steps."""
 
-    def __init__(self, every: int, function: Callable[[nn.Module, int], None]) -> None:
-        self.every, self.function = every, function
+    def __init__(self, steps: set[int], function: Callable[[nn.Module, int], None]) -> None:
+        self.steps, self.function = steps, function
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Measure, where it is time; a tenth of the first interval in, too, where the paper has its sharpest words."""
-        if state.global_step % self.every == 0 or state.global_step == max(self.every // 10, 1):
+        """Measure, where it is time."""
+        if state.global_step in self.steps:
             self.function(model, state.global_step)
+
+
+def measured_steps(size: Size) -> set[int]:
+    """Say after which steps is measured."""
+    if size.every:
+        return set(range(size.every, size.steps + 1, size.every))
+    return {max(size.steps // 2**halvings, 1) for halvings in range(7)}
 
 
 def schedule(steps: int) -> Callable[[int], float]:
@@ -217,7 +224,7 @@ def run(size: Size, train: tasks.Pictures, seed: int) -> tuple[list[dict], list[
         )  # fmt: skip
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(size.steps))
-        probe = Probe(size.every, look)
+        probe = Probe(measured_steps(size), look)
         trainer = Trainer(model, args, train_dataset=train, callbacks=[probe], optimizers=(optimizer, falling))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -237,6 +244,8 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
             )
             panel.fill_between(steps, [min(f) for f in found], [max(f) for f in found], color=color, alpha=0.15, lw=0)
         panel.set(title=f"{resampling}", xlabel="steps of training", ylim=(0, None))
+        if steps[-1] / steps[0] > 30:
+            panel.set_xscale("log")
     panels[0].set_ylabel("distance from the full gradient,\nrelative to uniform with replacement")
     panels[0].legend(frameon=False, fontsize=9)
     figures.save(figure, folder / "variance_reduction.png", made, (row["seed"] for row in rows))
@@ -252,7 +261,8 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
         row = next(r for r in rows if (r["score"], r["step"], r["seed"]) == (name, last, shown[0]["seed"]))
         panel.set(xscale="log", yscale="log", xlabel="probability by the true gradient norm")
         panel.set_title(
-            f"{name.replace('_', ' ')}: correlation {row['correlation']:.3f}, squared error {row['squared_error']:.1e}",
+            f"{name.replace('_', ' ')}: correlation {row['correlation']:.3f}, "
+            f"squared error {row['squared_error']:.1e}",
             fontsize=10,
         )
     panels[0].set_ylabel(f"probability by the score (step {last})")
@@ -260,20 +270,16 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Give the means over seeds and over all measurements but the first, by score, as Markdown."""
+    """Give the means over seeds by score, for the first, the middle, and the last measurement, as Markdown."""
     names = ("relative", "expected", "correlation", "squared_error")
-    lines = ["| score | resampling | " + " | ".join(names) + " |", "|---|---|" + "--:|" * len(names)]
-    first = min(row["step"] for row in rows)
-    for resampling in STYLES:
-        for name in COLORS:
-            for when, early in (("first", True), ("later", False)):
-                some = [
-                    r for r in rows
-                    if (r["score"], r["resampling"]) == (name, resampling) and (r["step"] == first) == early
-                ]  # fmt: skip
-                if some:
-                    cells = [f"{statistics.mean(r[column] for r in some):.3g}" for column in names]
-                    lines.append(f"| {name}, {when} | {resampling} | " + " | ".join(cells) + " |")
+    lines = ["| step | score | resampling | " + " | ".join(names) + " |", "|--:|---|---|" + "--:|" * len(names)]
+    steps = sorted({row["step"] for row in rows})
+    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
+        for resampling in STYLES:
+            for name in COLORS:
+                some = [r for r in rows if (r["score"], r["resampling"], r["step"]) == (name, resampling, step)]
+                cells = [f"{statistics.mean(r[column] for r in some):.3g}" for column in names]
+                lines.append(f"| {step} | {name} | {resampling} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
