@@ -1,7 +1,7 @@
 """Later rivals of the paper's method, re-implemented from their papers to compare with: not the authors' code.
 
-Each is a ``Trainer`` for classifiers (inputs with ``labels``, outputs with ``logits``) on one process, without gradient
-accumulation, that overrides documented methods. None is a part of ``hf_importance``: their gradients are biased, or
+Each is a ``Trainer`` for classifiers (inputs with ``labels``, outputs with ``logits``) on one process, without
+gradient accumulation. None is a part of ``hf_importance``: their gradients are biased, or
 unbiased only over a whole epoch.
 """
 
