@@ -16,7 +16,7 @@ from transformers.training_args import ParallelMode
 
 from hf_importance.batches import batch_size_of
 from hf_importance.heads import KNOWN_TASKS
-from hf_importance.training_args import ImportanceArguments
+from hf_importance.training_args import BASELINES, ImportanceArguments
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +53,26 @@ def check_dataset(examples: int, batch_size: int, presample_ratio: float | None)
         )
 
 
-def check_history(dataset: Any, args: TrainingArguments) -> None:
+def check_history(dataset: Any, args: TrainingArguments, method: str = "history") -> None:
     """Refuse what scores cannot be remembered for.
+
+    Args:
+        dataset: The training set.
+        args: The order that is asked for, and the length of the run.
+        method: The ``importance_method`` that remembers them.
 
     Raises:
         ValueError: The dataset is a stream or has no length, or the Trainer is to choose the order by lengths.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"importance_method='history' remembers a score for each example, so train_dataset must be map-style "
+            f"importance_method={method!r} remembers a score for each example, so train_dataset must be map-style "
             f"(__len__ and __getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for "
             "a stream, or load the dataset without streaming."
         )
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
-            f"importance_method='history' draws its own order, and train_sampling_strategy="
+            f"importance_method={method!r} draws its own order, and train_sampling_strategy="
             f"{args.train_sampling_strategy!r} asks for one by lengths. Leave it 'random', or use "
             "importance_method='presample'."
         )
@@ -77,8 +82,9 @@ def check_history(dataset: Any, args: TrainingArguments) -> None:
         <= len(dataset)
     ) or (args.max_steps <= 0 and args.num_train_epochs <= 1):
         logger.warning(
-            "importance_method='history' has nothing to remember in a run of one epoch: no example is seen twice, and "
-            "it will train uniformly. Use importance_method='presample', or more epochs."
+            "importance_method=%r has nothing to remember in a run of one epoch: no example is seen twice, and "
+            "it will train uniformly. Use importance_method='presample', or more epochs.",
+            method,
         )
 
 
@@ -105,6 +111,20 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
         raise ValueError(
             f"importance_score='gradient_norm' needs the gradients of single examples, and {state.value} takes hold "
             "of gradients as they are made. Use 'upper_bound', which needs none, or train without it."
+        )
+    if settings.learning_rate_scaling is not None:
+        stepping = str(getattr(args.optim, "value", args.optim))
+        if state == DistributedType.DEEPSPEED or stepping.endswith(("layerwise", "lomo")):
+            where = "DeepSpeed" if state == DistributedType.DEEPSPEED else f"optim={stepping!r}"
+            raise ValueError(
+                f"learning_rate_scaling={settings.learning_rate_scaling!r} raises the learning rate around "
+                f"optimizer.step(), and {where} updates the parameters during the backward pass. Leave it None."
+            )
+    if settings.importance_method in BASELINES and settings.redraw_every == 1 and args.dataloader_num_workers > 0:
+        logger.warning(
+            "redraw_every=1 draws at every optimizer step, and each draw starts dataloader_num_workers=%d processes "
+            "anew. Raise redraw_every, or set dataloader_num_workers=0.",
+            args.dataloader_num_workers,
         )
     if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ValueError(

@@ -103,6 +103,8 @@ class Pass:
         length: Micro-batches.
         number: Passes drawn before this one.
         position: Micro-batches handed out.
+        inverse: Inverse probabilities of the visits over their mean, where the weights are others; float32, shape
+            ``(n,)``.
     """
 
     index: Tensor
@@ -111,6 +113,12 @@ class Pass:
     length: int
     number: int
     position: int = 0
+    inverse: Tensor | None = None
+
+    @property
+    def undoing(self) -> Tensor:
+        """Weights of mean 1 that sums over all examples are estimated with."""
+        return self.weights if self.inverse is None else self.inverse
 
     def rows(self, micro: int, rank: int, ranks: int) -> slice:
         """Give where in the pass a rank's examples of one micro-batch are."""
@@ -310,6 +318,8 @@ class History:
             found |= {"relative": self._relative, "counts": self._counts}
         if self.current is not None:
             found |= {"index": self.current.index, "weights": self.current.weights}
+            if self.current.inverse is not None:
+                found["inverse"] = self.current.inverse
         return found
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -323,4 +333,4 @@ class History:
             self.calibration = Calibration(tensors["edges"], tensors["levels"])
             self._relative, self._counts = tensors["relative"], tensors["counts"]
         if state["pass"] is not None:
-            self.current = Pass(tensors["index"], tensors["weights"], **state["pass"])
+            self.current = Pass(tensors["index"], tensors["weights"], **state["pass"], inverse=tensors.get("inverse"))

@@ -24,6 +24,8 @@ from hf_importance.batches import (
     sort_by_length,
 )
 from hf_importance.checks import NO_ITEMS
+from hf_importance.costs import relative_variance
+from hf_importance.learning_rate import learning_rate_factor
 from hf_importance.planning import PlanningMixin
 from hf_importance.presampling import draw, keep_own, score_pool
 
@@ -34,6 +36,15 @@ class PoolingMixin(PlanningMixin):
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # What the learning rate of the optimizer step in progress is multiplied by.
+    _learning_rate_factor = 1.0
+
+    def _scale_learning_rate(self, gain: float) -> None:
+        """Follow the gain of the step in progress, where the user asked for it."""
+        rule = self.importance_args.learning_rate_scaling
+        if rule is not None:
+            self._learning_rate_factor = learning_rate_factor(gain, rule)
 
     def _reserve_batches(self, epoch_iterator: Iterator, pool: int) -> list[Any]:
         """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one.
@@ -84,14 +95,19 @@ class PoolingMixin(PlanningMixin):
         shares = sum(float(found.sum()) * pool.sizes[0] / len(pool) for pool, found in zip(pools, items, strict=True))
         counts = [shares, sum(float(found[0]) for found in items)]
         summed = self._sum_over_ranks([len(together), float(together.sum()), float(together.square().sum()), *counts])
+        tau = self._switch.tau  # that of earlier steps: by its own scores a step's length would be biased
         finite = self._average_tau(*summed[:3])
+        if finite:
+            size = self._train_batch_size
+            self._scale_learning_rate(1 / relative_variance(planned.pool, planned.kept, size, tau))
         drawn = []
         for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:
                 seed = key_to_seed(self._data_seed, self.args.process_index, self.state.global_step, micro, 2)
                 generator = torch.Generator().manual_seed(seed)
                 kept = max(round(share * pool.sizes[0]), 1)
-                found = draw(pool, pool_scores, self.importance_args.resampling, generator, kept, share)
+                given = self.importance_args
+                found = draw(pool, pool_scores, given.resampling, generator, kept, share, given.weight_exponent)
             else:
                 found = keep_own(pool, share)
             self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_importance import scores
 from hf_importance.batches import WEIGHTS, Pool, batch_size_of
 from hf_importance.heads import Head
-from hf_importance.sampling import Resampling, resample
+from hf_importance.sampling import Resampling, bias_weights, resample
 from hf_importance.vocabulary import SlicedHead
 
 
@@ -178,6 +178,7 @@ def draw(
     generator: torch.Generator,
     kept: int,
     share: float,
+    exponent: float = 1.0,
 ) -> Draw:
     """Draw examples from a scored pool.
 
@@ -188,9 +189,10 @@ def draw(
         generator: Source of randomness, on the CPU.
         kept: How many to draw, ``n``.
         share: As for :func:`stand_for`.
+        exponent: As for :func:`bias_weights`; 1 leaves the gradient unbiased.
     """
     index, weights = resample(pool_scores, kept, method, generator)
-    return stand_for(pool, index, weights, share)
+    return stand_for(pool, index, bias_weights(weights, exponent), share)
 
 
 def stand_for(pool: Pool, index: Tensor, weights: Tensor, share: float) -> Draw:

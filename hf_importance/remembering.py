@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_importance.history import SMALLEST_FRACTION, History
+from hf_importance.sampling import bias_weights
 from hf_importance.training_args import ImportanceArguments
 from hf_importance.visits import pass_batches
 
@@ -70,6 +72,7 @@ class Remembering:
         self._rows: list[Tensor] = []  # visits not yet in the table: index, score, step, weight
         # Examples and weights of the micro-batches handed out in this step.
         self.handed: list[tuple[Tensor, Tensor]] = []
+        self.undoing = torch.empty(0)  # see Pass.undoing, of the same examples
 
     def resume(self, state: dict[str, Any], tensors: dict[str, Tensor], as_saved: bool) -> None:
         """Take up a checkpoint's history.
@@ -145,6 +148,17 @@ class Remembering:
         # Where the last batch is short, or padded to be even over ranks, there are more places than examples.
         largest = self.history.examples / (length * self.ranks)
         self.history.begin_pass(min(self.batch_size * fraction, largest), length, self.ranks)
+        self._bias_weights()
+
+    def _bias_weights(self) -> None:
+        """Raise the weights of a pass to ``weight_exponent``, a micro-batch of all ranks at a time."""
+        current, exponent = self.history.current, self.settings.weight_exponent
+        if current is None or exponent == 1:
+            return
+        current.inverse = current.weights
+        starts = [current.rows(m, 0, 1).start * self.ranks for m in range(current.length + 1)]
+        together = current.inverse.split([end - start for start, end in pairwise(starts)])
+        current.weights = torch.cat([bias_weights(weights, exponent) for weights in together])
 
     # ---- Batches ----
 
@@ -158,6 +172,7 @@ class Remembering:
         found = [next(self._batches) for _ in range(count)]
         slices = [current.rows(current.position + m, self.rank, self.ranks) for m in range(count)]
         self.handed = [(current.index[rows], current.weights[rows]) for rows in slices]
+        self.undoing = torch.cat([current.undoing[rows] for rows in slices])
         current.position += count
         return found
 

@@ -28,6 +28,7 @@ from hf_importance.reporting import Report, Totals
 from hf_importance.revisiting import RevisitingMixin
 from hf_importance.streams import Stream
 from hf_importance.switching import Switch
+from hf_importance.training_args import BASELINES
 from hf_importance.whole_checkpoints import STATE_FILE, HalfWritten, check_whole, checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,12 @@ class ResumingMixin(RevisitingMixin):
             self._report.totals = Totals(**saved["totals"])
             self._report.steps_on = saved["steps_on"]
             self._loss_scale.over_step = saved["loss_over_step"]
-            self._resumed_history = saved["history"]
             self._meter.load(saved["kappa"])
             current = self._settings()
+            methods = {saved["settings"]["importance_method"], current["importance_method"]}
+            # Losses are no scores: a baseline's table is of no use to another method, nor another's to it.
+            foreign = len(methods) > 1 and not methods.isdisjoint(BASELINES)
+            self._resumed_history = None if foreign else saved["history"]
             self._reserve_start = resumed_position(saved["reserve_position"], saved["settings"], current)
             changed = changed_settings(saved["settings"], current)
             self._resumed_as_saved = changed is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import datasets
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_importance.checkpoint import load_tensors
-from hf_importance.pooling import PoolingMixin
+from hf_importance.redrawing import Redrawing
 from hf_importance.remembering import Remembering
+from hf_importance.rescoring import RescoringMixin
+from hf_importance.training_args import BASELINES
 from hf_importance.visits import IndexedCollator, IndexedDataset
 
 
-class RevisitingMixin(PoolingMixin):
+class RevisitingMixin(RescoringMixin):
     """Draws the micro-batches of an optimizer step by the history method."""
 
     @property
     def _remembers(self) -> bool:
-        return self._sampling and self.importance_args.importance_method == "history"
+        return self._sampling and self.importance_args.importance_method in ("history", *BASELINES)
 
     def _indexed_loader(self) -> DataLoader:
         """Have the Trainer make its loader around a dataset and a collator that know the examples' indices."""
@@ -41,7 +44,10 @@ class RevisitingMixin(PoolingMixin):
     def _draws_by_history(self, epoch_iterator: Iterator) -> bool:
         """Give whether this step is drawn by remembered scores. All ranks must call it."""
         if self._remembering is None:
-            self._remembering = Remembering(
+            kind: Callable[..., Remembering] = Remembering
+            if self.importance_args.importance_method in BASELINES:
+                kind = partial(Redrawing, progress=self._progress, score_all=self._score_all)
+            self._remembering = kind(
                 self.importance_args,
                 self._train_loader,
                 self.args.gradient_accumulation_steps,
@@ -69,13 +75,17 @@ class RevisitingMixin(PoolingMixin):
         self._mark_step()
         batches = remembering.take(num_batches)
         self._report.step(True)
-        for _, weights in remembering.handed:
-            self._report.weighted_batch(weights, len(weights), remembering.batch_size)
+        for index, weights in remembering.handed:
+            self._report.weighted_batch(weights, len(index.unique()), remembering.batch_size)
+        self._scale_learning_rate(remembering.history.averages.gain)
         examples = sum(len(weights) for _, weights in remembering.handed)
         # The items that a uniform step of so many examples would have counted.
         self._step_items = examples * self._averaged_ranks * remembering.items_an_example
         self._awaiting = True
         return batches, torch.tensor(self._step_items, device=self.args.device)
+
+    def _progress(self) -> tuple[int, int]:
+        return self.state.global_step, self.state.max_steps
 
     def importance_table(self) -> datasets.Dataset:
         """Give what the history method remembers of each training example, ready to sort and to join.

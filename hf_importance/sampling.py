@@ -136,6 +136,33 @@ def resample(
     raise ValueError(f"resampling must be 'systematic' or 'multinomial', but it is {method!r}.")
 
 
+def bias_weights(weights: Tensor, exponent: float) -> Tensor:
+    r"""Raise importance weights to a power, rescaled as the authors do: a bias that favours what is drawn more.
+
+    :math:`\hat w_i = c\, w_i^k` with ``c`` such that :math:`\sum \hat w_i \hat G_i = \sum w_i \hat G_i`, and
+    :math:`\hat G_i \propto 1 / w_i`: the batch's summed score, so about the length of the step, stays. At 1 the
+    gradient is unbiased. Below 1 examples of a high score, drawn more, are not counted less by as much: hard examples
+    weigh more in what is descended, which may train faster, or better, and converges elsewhere.
+
+    Args:
+        weights: Importance weights of one batch, positive, shape ``(n,)``.
+        exponent: ``k``, in ``[0, 1]``.
+
+    Returns:
+        Shape ``(n,)``; ``weights`` itself at 1, equal weights at 0.
+
+    Reference:
+        ``BiasedReweightingPolicy`` in the authors' https://github.com/idiap/importance-sampling.
+
+    >>> bias_weights(torch.tensor([0.5, 2.0]), 0.0)
+    tensor([0.8000, 0.8000])
+    """
+    if exponent == 1:
+        return weights
+    raised = weights**exponent
+    return raised * (len(weights) / (raised / weights).sum())
+
+
 def effective_sample_size(weights: Tensor) -> float:
     """Number of equally weighted examples that a weighted batch is worth, ``(Σw)² / Σw²``, in ``[1, n]``.
 

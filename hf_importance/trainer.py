@@ -29,6 +29,7 @@ from hf_importance.batches import WEIGHTS, batch_size_of
 from hf_importance.cards import extend_card
 from hf_importance.checkpoint import ImportanceStateCallback
 from hf_importance.checks import NO_ITEMS, check_batch, check_dataset, check_history, check_setup, check_threshold
+from hf_importance.learning_rate import LearningRateCallback
 from hf_importance.lockstep import Lockstep
 from hf_importance.presampling import counted, score_outputs
 from hf_importance.progress import show_tau
@@ -73,6 +74,8 @@ class ImportanceMixin(ResumingMixin):
             check_setup(self.importance_args, self.args)
             self._state_callback = ImportanceStateCallback(lambda: self._saved_state)
             self.add_callback(self._state_callback)
+            if self.importance_args.learning_rate_scaling is not None:
+                self.add_callback(LearningRateCallback(lambda: self._learning_rate_factor))
             show_tau(self, lambda: self._switch)
             self._begin_importance()
         self._seen_state: object = None
@@ -88,7 +91,7 @@ class ImportanceMixin(ResumingMixin):
             self._look_at_model()
         data, settings = self.train_dataset, self.importance_args
         if self._remembers and data is not None:
-            check_history(data, self.args)
+            check_history(data, self.args, settings.importance_method)
             self._train_loader = self._indexed_loader()
             return self._train_loader
         if self._sampling and data is not None and not isinstance(data, IterableDataset):
@@ -107,6 +110,7 @@ class ImportanceMixin(ResumingMixin):
             The micro-batches, and the number of items that the step's loss is divided by.
         """
         self._step_items = None
+        self._learning_rate_factor = 1.0
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
@@ -192,20 +196,22 @@ class ImportanceMixin(ResumingMixin):
         host = torch.cat([*(score for score, _, _ in pending), *(items.float()[None] for _, _, items in pending)])
         found, items = host.cpu().double().split([sum(sizes), len(sizes)])
         empty = 0.0 if self._loss_scale.over_step else float((items == 0).sum())
-        weights, history = torch.ones_like(found), self._remembering
+        given = weights = torch.ones_like(found)
+        history = self._remembering
         index, drawn = None, 0.0
         if history is not None:
             if self._switch.active:
                 index = torch.cat([index for index, _ in history.handed]).long()
-                weights = torch.cat([weights for _, weights in history.handed]).double()
-                found = found / weights  # the batch brought its weights along
+                given = torch.cat([given for _, given in history.handed]).double()
+                found = found / given  # the batch brought its weights along
+                weights = history.undoing.double()
                 drawn = float((weights * found).square().sum())
             else:
                 index = torch.cat([index for _, index, _ in pending]).cpu()
                 drawn = float((history.history.proposed_weights(index) * found.square()).sum())
         sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
         own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
-        return own, None if index is None else (index, found, weights)
+        return own, None if index is None else (index, found, given)
 
     def _take_in(
         self, count: float, total: float, squares: float, drawn: float, empty: float, items: float, examples: float
@@ -277,6 +283,8 @@ class ImportanceMixin(ResumingMixin):
         if self._sampling and self.is_in_train and "loss" in logs:
             self._settle()
             logs.update(self._report.drain(self._switch, self._method_entries()))
+            if self.importance_args.learning_rate_scaling is not None:
+                logs[PREFIX + "learning_rate_factor"] = self._learning_rate_factor
         elif self._sampling and self.is_in_train and "train_runtime" in logs:  # also what train() returns
             logs.update(self._report.summary())
         super().log(logs, start_time)

@@ -9,10 +9,13 @@ from typing import get_args
 from transformers import TrainingArguments
 
 from hf_importance.costs import ASSUMED_KAPPA, Budget, pays_above
+from hf_importance.learning_rate import RULES
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
 
-METHODS = ("presample", "history")
+# Published rivals, for comparison: see hf_importance.baselines.
+BASELINES = ("online_batch_selection", "prioritized")
+METHODS = ("presample", "history", *BASELINES)
 BUDGETS = get_args(Budget)
 SCORES = ("upper_bound", "loss", "gradient_norm")
 SCORING_DTYPES = ("bf16", "fp16", "fp32")
@@ -37,7 +40,8 @@ class ImportanceArguments:
         default="presample",
         metadata={
             "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's) or "
-            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs)."
+            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs). For comparison: "
+            "'online_batch_selection' (Loshchilov & Hutter, 2015) and 'prioritized' (Schaul et al., 2015)."
         },
     )
     importance_budget: str = field(
@@ -112,6 +116,53 @@ class ImportanceArguments:
             "uniform pool; 'frozen': running statistics as they are, in every step."
         },
     )
+    weight_exponent: float = field(
+        default=1.0,
+        metadata={
+            "help": "Importance weights are raised to this power, in [0, 1], and rescaled. 1 leaves the gradient "
+            "unbiased; below, hard examples count for more than their share, the authors' k."
+        },
+    )
+    learning_rate_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate of each importance step by its gain ('linear') or the root of it "
+            "('sqrt'), at most by 4. By default it stays the user's."
+        },
+    )
+    selection_pressure: float = field(
+        default=100.0,
+        metadata={
+            "help": "Online batch selection: how many times as often the highest loss is drawn as the lowest, at the "
+            "start; at least 1."
+        },
+    )
+    final_selection_pressure: float = field(
+        default=1.0,
+        metadata={"help": "Online batch selection: the same at the end of training, reached exponentially."},
+    )
+    recompute_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Online batch selection: optimizer steps between forward passes over the whole training set that "
+            "renew all losses. By default never: losses are those of the last visits."
+        },
+    )
+    priority_exponent: float = field(
+        default=0.6,
+        metadata={"help": "Prioritized: alpha, the power of the loss that is drawn by, at least 0; 0 is uniform."},
+    )
+    correction_exponent: float = field(
+        default=0.4,
+        metadata={
+            "help": "Prioritized: beta at the start, the power of the inverse probability in the weights, in [0, 1]; "
+            "it grows linearly to 1 at the end of training."
+        },
+    )
+    redraw_every: int = field(
+        default=1,
+        metadata={"help": "Online batch selection and prioritized: optimizer steps that one draw covers."},
+    )
 
     def __post_init__(self) -> None:
         """Check every value first (it needs no device), then let the next class in line do the same."""
@@ -146,6 +197,10 @@ class ImportanceArguments:
             )
         if self.importance_method == "history":
             self._check_history()
+        self._check_ranges()
+        if self.importance_method in BASELINES:
+            self._check_history()
+            self._check_baseline()
         if not 0 <= self.tau_momentum < 1:
             raise ValueError(
                 f"tau_momentum must lie in [0, 1), but it is {self.tau_momentum}. It is the share of the old average "
@@ -164,14 +219,58 @@ class ImportanceArguments:
         if self.batch_norm not in ("untouched", "frozen"):
             raise ValueError(
                 f"batch_norm={self.batch_norm!r} takes its running statistics from scored pools, and "
-                "importance_method='history' scores none. Use 'untouched' or 'frozen', or "
+                f"importance_method={self.importance_method!r} scores none. Use 'untouched' or 'frozen', or "
                 "importance_method='presample'."
             )
         if self.importance_score == "gradient_norm":
             raise ValueError(
-                "importance_score='gradient_norm' takes a backward pass an example, and importance_method='history' "
-                "makes no pass of its own. Use 'upper_bound' or 'loss', or importance_method='presample'."
+                "importance_score='gradient_norm' takes a backward pass an example, and "
+                f"importance_method={self.importance_method!r} makes none of its own. Use 'upper_bound' or "
+                "'loss', or importance_method='presample'."
             )
+
+    def _check_ranges(self) -> None:
+        """Check the fields of the baselines, of the bias and of the learning rate."""
+        _check_range("weight_exponent", self.weight_exponent, 0, 1, "At 1, the default, the gradient is unbiased.")
+        _check_range("selection_pressure", self.selection_pressure, 1, math.inf, "1 is uniform; 100 is the default.")
+        end = self.final_selection_pressure
+        _check_range("final_selection_pressure", end, 1, math.inf, "1 is uniform, and the default.")
+        _check_range("priority_exponent", self.priority_exponent, 0, math.inf, "0 is uniform; 0.6 is the default.")
+        _check_range("correction_exponent", self.correction_exponent, 0, 1, "It grows to 1; 0.4 is the default.")
+        for name, steps in {"recompute_every": self.recompute_every, "redraw_every": self.redraw_every}.items():
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name} must be at least 1 optimizer step, but it is {steps}.")
+        if self.recompute_every is not None and self.importance_method != "online_batch_selection":
+            raise ValueError(
+                f"recompute_every={self.recompute_every} belongs to importance_method='online_batch_selection', but "
+                f"the method is {self.importance_method!r}. Leave it None."
+            )
+        if self.learning_rate_scaling is not None:
+            _check_choice("learning_rate_scaling", self.learning_rate_scaling, RULES)
+            if self.importance_budget != "variance":
+                raise ValueError(
+                    f"learning_rate_scaling={self.learning_rate_scaling!r} spends the gain on longer steps, and "
+                    f"importance_budget={self.importance_budget!r} on cheaper ones. Use one of the two: "
+                    "importance_budget='variance', or learning_rate_scaling=None."
+                )
+
+    def _check_baseline(self) -> None:
+        """Refuse what a published baseline does not have, so that nothing is thought to act that does not."""
+        method = self.importance_method
+        if self.importance_score != "loss":
+            raise ValueError(
+                f"importance_method={method!r} draws by the loss, but importance_score is {self.importance_score!r}. "
+                "Pass importance_score='loss'."
+            )
+        fixed = {"importance_budget": "variance", "weight_exponent": 1.0, "learning_rate_scaling": None}
+        for name, value in fixed.items():
+            given = getattr(self, name)
+            if given != value:
+                raise ValueError(
+                    f"{name}={given!r} has no meaning with importance_method={method!r}, whose gradient is biased and "
+                    f"whose gain is not measured. Leave it {value!r}, or use importance_method='presample' or "
+                    "'history'."
+                )
 
     @property
     def ratio(self) -> float | None:
@@ -206,6 +305,12 @@ class ImportanceTrainingArguments(ImportanceArguments, TrainingArguments):
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
+
+
+def _check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        expected = f"a finite number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
+        raise ValueError(f"{name} must be {expected}, but it is {value}. {meaning}")
 
 
 def _number_or_auto(name: str, value: float | str | None, meaning: str) -> float | str:

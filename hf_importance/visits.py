@@ -68,7 +68,7 @@ class IndexedCollator:
         batch = self.collate([visit.example for visit in visits])
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"importance_method='history' puts the examples' indices into the batch, so the data_collator must "
+                "Whatever remembers scores puts the examples' indices into the batch, so the data_collator must "
                 f"give a dict, but it gives {type(batch).__name__}. Let it give one, or use "
                 "importance_method='presample'."
             )
