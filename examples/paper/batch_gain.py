@@ -1,8 +1,8 @@
 r"""The two future works of the paper's section 5: what else a lower variance can be spent on.
 
-Not claims but conjectures: "keep the variance stable and increase the convergence speed by automatically increasing the
-learning rate proportionally to the batch increment", and "decreasing the batch size thus keeping again the variance
-stable but reducing the time per update".
+Not claims but conjectures: "keep the variance stable and increase the convergence speed by automatically increasing
+the learning rate proportionally to the batch increment", and "decreasing the batch size thus keeping again the
+variance stable but reducing the time per update".
 
 - ``constant_variance``: the gradient noise of uniform steps from fewer examples, by fresh and by remembered scores.
 - ``learning_rate_*``: the learning rate raised with the batch-size gain τ², linearly or by its root.
@@ -26,6 +26,8 @@ OURS = "Katharopoulos and Fleuret, 2018, section 5"
 FUTURE = {
     "uniform": SYSTEMS["uniform"],
     "upper_bound": SYSTEMS["upper_bound"],
+    "learning_rate_linear": System(OURS, figures.ORANGE, {**PAPER, "learning_rate_scaling": "linear"}),
+    "learning_rate_sqrt": System(OURS, figures.GREEN, {**PAPER, "learning_rate_scaling": "sqrt"}),
     "constant_variance": System(OURS, figures.RED, {**PAPER, "importance_budget": "constant_variance"}),
     "constant_variance_systematic": System(
         OURS, figures.RED, {"resampling": "systematic", "importance_budget": "constant_variance"}, line="--"

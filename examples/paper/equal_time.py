@@ -48,6 +48,7 @@ class Experiment:
         seconds: Of training, for each run.
         schedule: Gives the factor of the learning rate for the share of the time that is gone.
         arguments: Further training arguments: optimizer, weight decay, clipping.
+        recompute_every: Steps between two forward passes of online batch selection over all examples.
     """
 
     new_model: Callable[[], nn.Module]
@@ -60,6 +61,7 @@ class Experiment:
     seconds: float
     schedule: Callable[[float], float] = lambda gone: 1.0
     arguments: dict[str, Any] = field(default_factory=dict)
+    recompute_every: int = 600  # recalled from the paper, whose text here has lost its numbers
 
 
 def divided_by_five(gone: float) -> float:
@@ -157,6 +159,8 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
 
     clock = Clock(experiment.seconds, experiment.schedule, look)
     chosen = {"presample_ratio": experiment.ratio, "tau_threshold": experiment.tau_threshold, **system.arguments}
+    if "recompute_every" in chosen:
+        chosen["recompute_every"] = experiment.recompute_every
     options = dict(system.options)
     if issubclass(system.trainer, InfoBatchTrainer):
         options["progress"] = clock.gone
@@ -164,11 +168,19 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
         options.setdefault("ratio", math.ceil(experiment.ratio))
     with tempfile.TemporaryDirectory() as folder:
         args = ImportanceTrainingArguments(
-            folder, seed=seed, per_device_train_batch_size=experiment.batch_size,
-            learning_rate=experiment.learning_rate, max_steps=10_000_000, lr_scheduler_type="constant", logging_steps=10, report_to="none",
-            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.accelerator.is_available(),
+            folder,
+            seed=seed,
+            per_device_train_batch_size=experiment.batch_size,
+            learning_rate=experiment.learning_rate,
+            max_steps=10_000_000,  # it is the clock that ends a run
+            lr_scheduler_type="constant",
+            logging_steps=10,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.accelerator.is_available(),
             **{**experiment.arguments, **chosen},
-        )  # fmt: skip
+        )
         trainer = system.trainer(
             model=experiment.new_model(), args=args, train_dataset=experiment.train, callbacks=[clock], **options
         )

@@ -5,9 +5,9 @@ bound a ResNet-50 comes close to the best test error on MIT67 in half an hour, a
 
 SGD, learning rate 1e-3, momentum 0.9, b = 16, B = 48, τ_th = 2 (with the root); these settings are recalled from the
 authors' code, not checked against it. BatchNorm is frozen, for every system alike. The default is MobileNetV2 on
-clothing10 at 64 pixels, the first 600 photographs, where --data and --models (or HF_IMPORTANCE_DATA and
-HF_IMPORTANCE_MODELS) say where they lie. Without them, so that it runs anywhere, it is a transfer between scikit-learn's
-digits: WRN-10-1 trained on 0 to 4 by plain Adam, then fine-tuned with a new head on 5 to 9::
+clothing10 at 64 pixels, 600 photographs of it, where --data and --models (or HF_IMPORTANCE_DATA and
+HF_IMPORTANCE_MODELS) say where they lie. Without them, so that it runs anywhere, it is a transfer between
+scikit-learn's digits: WRN-10-1 trained on 0 to 4 by plain Adam, then fine-tuned with a new head on 5 to 9::
 
     python examples/paper/fine_tuning.py                  # under 3 minutes
     python examples/paper/fine_tuning.py --data path/to/data --models path/to/models

@@ -44,9 +44,23 @@ SYSTEMS = {
     "upper_bound_systematic": System(
         "this package's default: without replacement", figures.BLUE, {"resampling": "systematic"}, line="--"
     ),
+    "cost_rule": System(
+        "this package: pool and threshold follow what scoring costs here (docs/costs.md)", figures.RED,
+        {"resampling": "systematic", "presample_ratio": "auto", "tau_threshold": "auto"}, line="--",
+    ),
+    "upper_bound_biased": System(
+        f"{OURS}, the authors' bias k of 0.5: weights to that power", figures.SKY, {**PAPER, "weight_exponent": 0.5}
+    ),
     "gradient_norm": System(f"{OURS}, section 4.1", figures.GREEN, {**PAPER, "importance_score": "gradient_norm"}),
-    "history": System(
-        "this package: remembered scores", figures.SKY, {"importance_method": "history"}, line="--"
+    "history": System("this package: remembered scores", figures.SKY, {"importance_method": "history"}, line="--"),
+    # A run ends by time, so what these two let fall or grow over the steps of a run stays at its start: constant
+    # selection pressure s = 100, and beta = 0.4. The paper's own values are lost from its text.
+    "online_batch_selection": System(
+        "Loshchilov and Hutter, 2015", figures.RED,
+        {"importance_method": "online_batch_selection", "importance_score": "loss", "recompute_every": 600},
+    ),
+    "prioritized": System(
+        "Schaul et al., 2015", figures.PURPLE, {"importance_method": "prioritized", "importance_score": "loss"}
     ),
     "selective_backprop": System("Jiang et al., 2019", figures.PURPLE, trainer=SelectiveBackpropTrainer, line=":"),
     "infobatch": System("Qin et al., 2024", figures.GREEN, trainer=InfoBatchTrainer, line=":"),

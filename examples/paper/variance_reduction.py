@@ -239,6 +239,9 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
         for name, color in COLORS.items():
             found = [[r["relative"] for r in rows if (r["score"], r["resampling"], r["step"]) == (name, resampling, s)]
                      for s in steps]  # fmt: skip
+            if resampling == "multinomial":
+                exact = [[r["expected"] for r in rows if (r["score"], r["step"]) == (name, s)] for s in steps]
+                panel.plot(steps, [statistics.mean(e) for e in exact], ":", color=color, lw=1.2)
             panel.plot(
                 steps, [statistics.mean(f) for f in found], "o-", color=color, label=name.replace("_", " "), ms=4
             )
