@@ -174,12 +174,11 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
             learning_rate=experiment.learning_rate,
             max_steps=10_000_000,  # it is the clock that ends a run
             lr_scheduler_type="constant",
-            logging_steps=10,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=torch.accelerator.is_available(),
-            **{**experiment.arguments, **chosen},
+            **{"logging_steps": 10, **experiment.arguments, **chosen},
         )
         trainer = system.trainer(
             model=experiment.new_model(), args=args, train_dataset=experiment.train, callbacks=[clock], **options
