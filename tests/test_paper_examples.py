@@ -112,7 +112,7 @@ def test_every_system_trains_and_draws_by_importance_where_it_has_to(paper, monk
     monkeypatch.setattr(equal_time, "LOOKS", 1)
     given = Namespace(dataset=None, full=False)
     experiment = images.experiment(given)
-    experiment.train, experiment.test = experiment.train.first(96), experiment.test.first(64)
+    experiment.train, experiment.test = experiment.train.first(256), experiment.test.first(64)
     experiment.batch_size, experiment.ratio, experiment.tau_threshold = 16, 3.0, 1.0001
     experiment.seconds, experiment.arguments["logging_steps"] = 0.4, 1
     never = {"uniform", "selective_backprop", "infobatch", "top_loss"}  # no share of theirs is logged

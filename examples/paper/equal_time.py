@@ -185,6 +185,8 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    if not rows or rows[-1]["seconds"] < experiment.seconds:
+        raise RuntimeError(f"{name} stopped after {trainer.state.global_step} steps, before its time was over.")
     return rows
 
 

@@ -46,7 +46,8 @@ class SelectiveBackpropTrainer(Trainer):
 
     Left out: reusing losses of earlier epochs instead of the forward pass ("stale" selective backprop), and skipping
     the second forward pass of the queued examples. An epoch is one pass over the candidates and has fewer steps than
-    the dataset has batches, so ``max_steps`` may not be reached within the epochs that Trainer derives from it.
+    the dataset has batches, so ``max_steps`` may not be reached within the epochs that Trainer derives from it; and
+    Trainer stops at an epoch that queues less than a batch.
 
     Args:
         *args: As ``Trainer`` takes them.
@@ -197,7 +198,8 @@ class InfoBatchTrainer(Trainer):
     of all; each of these is left out with probability r, and those that stay count 1 / (1 - r). In the last part of
     the run, from the share δ on, all are trained on as they are. Losses come from training, at no cost.
 
-    Left out: nothing of the method; the learning-rate schedule of its experiments (OneCycle) is the user's here.
+    Left out: nothing of the method; the learning-rate schedule of its experiments (OneCycle) is the user's here. Its
+    epochs are shorter than the dataset, so ``max_steps`` may not be reached within those that Trainer derives from it.
 
     Args:
         *args: As ``Trainer`` takes them.
