@@ -67,10 +67,10 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def new_figure(width: float, height: float, panels: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Give a figure with panels side by side; ``options`` as ``Figure.subplots`` takes them."""
+def new_figure(width: float, height: float, panels: int, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Give a figure with so many panels a row; ``options`` as ``Figure.subplots`` takes them."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False, **options)[0])
+    axes = list(figure.subplots(rows, panels, squeeze=False, **options).flat)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
@@ -84,4 +84,4 @@ def save(figure: Figure, file: Path, made: str, seeds: Iterable[int]) -> None:
     line = "; ".join([*rest, f"seeds {', '.join(str(seed) for seed in sorted(set(seeds)))}"])
     figure.supxlabel(f"{command}\n{line}", fontsize=6.5, color="0.4")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=100)

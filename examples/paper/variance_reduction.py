@@ -250,26 +250,29 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
         if steps[-1] / steps[0] > 30:
             panel.set_xscale("log")
     panels[0].set_ylabel("distance from the full gradient,\nrelative to uniform with replacement")
+    panels[0].plot([], [], ":", color="0.4", label="in theory")
     panels[0].legend(frameon=False, fontsize=9)
     figures.save(figure, folder / "variance_reduction.png", made, (row["seed"] for row in rows))
 
-    figure, panels = figures.new_figure(9, 4.1, 2, sharey=True)
-    last = max(p["step"] for p in points)
-    shown = [p for p in points if p["step"] == last and p["seed"] == points[0]["seed"]]
-    for panel, name in zip(panels, ("loss", "upper_bound"), strict=True):
-        x, y = [p["gradient_norm"] for p in shown], [p[name] for p in shown]
-        panel.plot(x, y, ".", color=COLORS[name], ms=4, alpha=0.6)
-        low, high = min(x), max(x)
-        panel.plot([low, high], [low, high], color="0.4", lw=1)
-        row = next(r for r in rows if (r["score"], r["step"], r["seed"]) == (name, last, shown[0]["seed"]))
-        panel.set(xscale="log", yscale="log", xlabel="probability by the true gradient norm")
+    steps = sorted({p["step"] for p in points})[-2:]
+    figure, panels = figures.new_figure(9, 3.3 * len(steps) + 0.5, 2, rows=len(steps), sharex=True, sharey=True)
+    places = ((step, name) for step in steps for name in ("loss", "upper_bound"))
+    for panel, (step, name) in zip(panels, places, strict=True):
+        x, y = ([p[column] for p in points if p["step"] == step] for column in ("gradient_norm", name))
+        panel.plot(x, y, ".", color=COLORS[name], ms=3.5, alpha=0.5)
+        panel.plot([min(x), max(x)], [min(x), max(x)], color="0.4", lw=1)
+        row = next(r for r in rows if (r["score"], r["step"], r["seed"]) == (name, step, points[0]["seed"]))
+        panel.set(xscale="log", yscale="log")
         panel.set_title(
-            f"{name.replace('_', ' ')}: correlation {row['correlation']:.3f}, "
+            f"{name.replace('_', ' ')}, step {step}: correlation {row['correlation']:.2f}, "
             f"squared error {row['squared_error']:.1e}",
-            fontsize=10,
+            fontsize=9,
         )
-    panels[0].set_ylabel(f"probability by the score (step {last})")
-    figures.save(figure, folder / "score_scatter.png", made, [shown[0]["seed"]])
+    for panel in panels[-2:]:
+        panel.set_xlabel("probability by the true gradient norm")
+    for panel in panels[::2]:
+        panel.set_ylabel("probability by the score")
+    figures.save(figure, folder / "score_scatter.png", made, [points[0]["seed"]])
 
 
 def table(rows: list[dict]) -> str:
