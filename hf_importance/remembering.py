@@ -176,6 +176,10 @@ class Remembering:
         current.position += count
         return found
 
+    def end_batches(self) -> None:
+        """End the workers that load the pass in progress."""
+        self._batches = None
+
     @property
     def items_an_example(self) -> float:
         """Mean number of items of the loss that an example has, over all uniform steps."""

@@ -182,7 +182,7 @@ class ResumingMixin(RevisitingMixin):
         self._report.mark()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``Trainer`` does; the reserve's workers, and what was set on BatchNorm layers, end with the run.
+        """Train as ``Trainer`` does; workers of our own, and what was set on BatchNorm layers, end with the run.
 
         A checkpoint is resumed from only if it is whole: True takes the newest that is, and warns of those it passes
         over.
@@ -208,6 +208,9 @@ class ResumingMixin(RevisitingMixin):
             self._hold_batch_norm(training=True, weights=None)
             if self._sampling and self._reserve is not None:
                 self._reserve_start, self._reserve = self._reserve.position, None
+            if self._sampling and self._remembering is not None:
+                # Left to the garbage collector, worker processes that still wait are waited for, 5 s each.
+                self._remembering.end_batches()
 
     def _report_savings(self) -> None:
         totals = self._report.totals

@@ -86,3 +86,38 @@ def cheapest_plan(budget: str, size: int, tau: float, kappa: float, largest: int
                 best = (value, pool, kept)
     assert best is not None, "no pair keeps within the budget"
     return best[1:]
+
+
+def probabilities_by_rank(losses: list[float], pressure: float) -> list[float]:
+    """Online batch selection: the i-th largest loss, i from 1, in proportion to exp(-log(s) i / N)."""
+    examples = len(losses)
+    ranked = sorted(range(examples), key=lambda i: -losses[i])
+    mass = {example: math.exp(-math.log(pressure) * i / examples) for i, example in enumerate(ranked, 1)}
+    return [mass[i] / sum(mass.values()) for i in range(examples)]
+
+
+def probabilities_by_priority(losses: list[float], exponent: float, smallest: float) -> list[float]:
+    """Proportional prioritisation: (loss + small)^α over their sum; unseen (NaN) as the largest that was seen."""
+    largest = max(loss for loss in losses if not math.isnan(loss))
+    mass = [((largest if math.isnan(loss) else loss) + smallest) ** exponent for loss in losses]
+    return [m / sum(mass) for m in mass]
+
+
+def priority_weights(probabilities: list[float], drawn: list[int], exponent: float) -> list[float]:
+    """(1 / (N p))^β of the examples drawn, over the largest of them."""
+    weights = [(1 / (len(probabilities) * probabilities[i])) ** exponent for i in drawn]
+    return [w / max(weights) for w in weights]
+
+
+def biased_weights(weights: list[float], scores: list[float], exponent: float) -> list[float]:
+    """w^k, scaled so that the batch's sum of weight times score is what it was, as the authors' code has it."""
+    raised = [w**exponent for w in weights]
+    scale = math.fsum(w * s for w, s in zip(weights, scores, strict=True)) / math.fsum(
+        w * s for w, s in zip(raised, scores, strict=True)
+    )
+    return [scale * w for w in raised]
+
+
+def presampled_gain(pool: int, kept: int, size: int, tau: float) -> float:
+    """How much larger a uniform batch than ``size`` has the variance 1/B + 1/(τ² n)."""
+    return (1 / size) / (1 / pool + 1 / (tau**2 * kept))
