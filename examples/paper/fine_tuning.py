@@ -36,6 +36,8 @@ from transformers import AutoModelForImageClassification
 SHOWN = ("uniform", "loss", "upper_bound", "upper_bound_systematic")
 MOBILENET = "mobilenet_v2_0.35_imagenet"
 RESNET = "microsoft/resnet-50"
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def pretrained_on_digits() -> Callable[[], nn.Module]:
@@ -82,6 +84,9 @@ def experiment(given: argparse.Namespace) -> Experiment:
             if not folder.is_dir():
                 raise SystemExit(f"There is no model in {folder}: --models or HF_IMPORTANCE_MODELS.")
             model = folder
+        if given.full:  # ResNet-50 knows pictures of ImageNet's mean and deviation, MobileNetV2 those in [-1, 1]
+            for part in (train, test):
+                part.pixels = ((part.pixels + 1) / 2 - IMAGENET_MEAN) / IMAGENET_DEVIATION
         train.flip = True
         new_model = from_folder(model or RESNET, int(train.labels.max()) + 1)
     else:

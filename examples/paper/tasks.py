@@ -85,7 +85,7 @@ def pictures(name: str, data: str | None, side: int, grey: bool, limit: int | No
         data: Folder of the folders of ``KNOWN``; None: from the Hub.
         side: They are scaled to squares of this many pixels.
         grey: In one colour.
-        limit: The first so many to train on, shuffled where they lie on the Hub; None: all.
+        limit: So many to train on, at random; None: all.
 
     Raises:
         SystemExit: There is no such folder.
@@ -103,12 +103,11 @@ def pictures(name: str, data: str | None, side: int, grey: bool, limit: int | No
     test = next((found[split] for split in ("test", "validation") if split in found), None)
     if test is None:
         raise SystemExit(f"{name} has the splits {', '.join(found)}, but neither test nor validation.")
-    train = (
-        found["train"]
-        if limit is None
-        else found["train"].shuffle(seed=0).select(range(min(limit, len(found["train"]))))
-    )
-    return _decoded(train, known["label"], side, grey), _decoded(test, known["label"], side, grey)
+    # Folders of classes come sorted, and what is reported on is the first thousand.
+    train = found["train"].shuffle(seed=0)
+    train = train.select(range(min(limit or len(train), len(train))))
+    label = known["label"] if known["label"] in train.column_names else "label"
+    return _decoded(train, label, side, grey), _decoded(test, label, side, grey)
 
 
 def _local(folder: Path) -> datasets.DatasetDict:
