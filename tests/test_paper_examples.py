@@ -135,7 +135,7 @@ def test_the_clock_counts_no_looks_and_lets_the_rate_follow_the_time(paper, monk
         looked.append(seconds)
         time[0] += 50
 
-    clock = equal_time.Clock(8.0, equal_time.divided_by_five, look)
+    clock = equal_time.Clock(8.0, equal_time.divided_by_five, look, 8)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     clock.on_train_begin(None, None, None, optimizer=optimizer)
     control, steps = Namespace(should_training_stop=False), 0

@@ -49,6 +49,7 @@ class Experiment:
         schedule: Gives the factor of the learning rate for the share of the time that is gone.
         arguments: Further training arguments: optimizer, weight decay, clipping.
         recompute_every: Steps between two forward passes of online batch selection over all examples.
+        looks: Points of a curve, where looking is dear; None: LOOKS.
     """
 
     new_model: Callable[[], nn.Module]
@@ -62,6 +63,7 @@ class Experiment:
     schedule: Callable[[float], float] = lambda gone: 1.0
     arguments: dict[str, Any] = field(default_factory=dict)
     recompute_every: int = 600  # recalled from the paper, whose text here has lost its numbers
+    looks: int | None = None
 
 
 def divided_by_five(gone: float) -> float:
@@ -84,11 +86,14 @@ class Clock(TrainerCallback):
         seconds: Of training.
         schedule: Factor of the learning rate for the share of the time that is gone.
         look: Called with the model, the trainer's state and the seconds gone; its own time does not count.
+        looks: How often it is called.
     """
 
-    def __init__(self, seconds: float, schedule: Callable[[float], float], look: Callable[..., None]) -> None:
-        self.seconds, self.schedule, self.look = seconds, schedule, look
-        self.looks = 0
+    def __init__(
+        self, seconds: float, schedule: Callable[[float], float], look: Callable[..., None], looks: int
+    ) -> None:
+        self.seconds, self.schedule, self.look, self.looks = seconds, schedule, look, looks
+        self.looked = 0
         self.started: float | None = None
         self.rates: list[float] = []
 
@@ -109,10 +114,10 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """Look, where it is time to, and stop at the end."""
         gone = self.gone()
-        if gone >= (self.looks + 1) / LOOKS or gone >= 1:
+        if gone >= (self.looked + 1) / self.looks or gone >= 1:
             paused = now()
             self.look(model, state, gone * self.seconds)
-            self.looks = math.floor(gone * LOOKS)  # a step may be longer than a space between two looks
+            self.looked = math.floor(gone * self.looks)  # a step may be longer than a space between two looks
             self.started += now() - paused
         control.should_training_stop = gone >= 1
 
@@ -157,7 +162,7 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
             }
         )
 
-    clock = Clock(experiment.seconds, experiment.schedule, look)
+    clock = Clock(experiment.seconds, experiment.schedule, look, experiment.looks or LOOKS)
     chosen = {"presample_ratio": experiment.ratio, "tau_threshold": experiment.tau_threshold, **system.arguments}
     if "recompute_every" in chosen:
         chosen["recompute_every"] = experiment.recompute_every
@@ -247,6 +252,8 @@ def draw_curves(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], 
             draw_mean(panel, list(runs.values()), column, color, line, name.replace("_", " "))
     panels[0].set(yscale="log", ylabel="training loss", xlabel=clock_name())
     panels[1].set(ylabel="test error", xlabel=clock_name())
+    if all(row["test_error"] > 0 for row in rows):
+        panels[1].set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figures.save(figure, file, made, (row["seed"] for row in rows))
 
