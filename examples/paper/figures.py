@@ -26,9 +26,10 @@ def provenance() -> str:
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     commit = found.stdout.strip() or "unknown"
-    # Folders of this machine are not part of what was measured.
-    places, words = ("--output", "--data", "--models"), sys.argv[1:]
-    words = [word for i, word in enumerate(words) if word not in places and (i == 0 or words[i - 1] not in places)]
+    words = sys.argv[1:]
+    for place, word in enumerate(words[:-1]):
+        if word in ("--data", "--models", "--output"):  # folders of this machine
+            words[place + 1] = f"path/to/{word[2:]}"
     command = " ".join(["python", f"examples/paper/{Path(sys.argv[0]).stem}.py", *words])
     if torch.accelerator.is_available():
         machine = (
