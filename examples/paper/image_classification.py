@@ -12,8 +12,8 @@ default is smaller: digits, WRN-10-1, b = 32, B = 160, learning rate 0.05, 3.5 C
     python examples/paper/image_classification.py --dataset cifar10 --data path/to/data --side 16 --seconds 60
     python examples/paper/image_classification.py --full --dataset cifar100
 
-Measured (digits, 10 CPU seconds a run, seeds 0, 1, 2): the claim does not hold there. Training loss 0.0030 by the upper
-bound, 0.0013 uniform, 0.0006 by top-k: a step costs 2.5 uniform ones, at a τ of 2. Table: examples/paper/README.md.
+Measured (digits, 10 CPU seconds a run, seeds 0, 1, 2): the claim does not hold there. Training loss 0.0030 by the
+upper bound, 0.0013 uniform, 0.0006 by top-k: a step costs 2.5 uniform ones, at a τ of 2. examples/paper/README.md.
 """
 
 from __future__ import annotations
