@@ -192,18 +192,35 @@ class Linear(nn.Module):
         return Namespace(logits=self.layer(pixels))
 
 
+def variance_of_one_draw(model, pixels, labels, shares):
+    """Mean squared distance of one drawn and weighted gradient from the mean of all, outcome by outcome."""
+    gradients = []
+    for picture, label in zip(pixels, labels, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(picture[None]).logits, label[None]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    mean = sum(gradients) / len(gradients)
+    outcomes = zip(shares, gradients, strict=True)
+    return sum(p * float((g / (len(gradients) * p) - mean).square().sum()) for p, g in outcomes)
+
+
 def test_drawn_distances_come_to_what_theory_expects(paper, monkeypatch):
     module = paper("variance_reduction")
     monkeypatch.setattr(module, "DRAWS", 400)
     torch.manual_seed(0)
     # A linear layer's gradient is as long as its inputs, which the upper bound does not know.
-    pixels, labels = torch.randn(24, 4) * torch.linspace(0.2, 3, 24)[:, None], torch.arange(24) % 3
-    rows, shares = module.measure(Linear(), pixels, labels, 8, torch.Generator().manual_seed(1))
+    pixels = (torch.randn(24, 4) + 0.5) * torch.linspace(0.2, 3, 24)[:, None]
+    labels = torch.arange(24) % 2  # not the third class, so that the mean gradient is no small one
+    model = Linear()
+    rows, shares = module.measure(model, pixels, labels, 8, torch.Generator().manual_seed(1))
     assert all(float(share.sum()) == pytest.approx(1) for share in shares.values())
+    variances = {name: variance_of_one_draw(model, pixels, labels, share.tolist()) for name, share in shares.items()}
+    for row in rows:
+        assert row["expected"] ** 2 == pytest.approx(variances[row["score"]] / variances["uniform"], rel=1e-3)
     spread = [(row["distance"] ** 2 + row["distance_sd"] ** 2) ** 0.5 for row in rows]
     for row, found in zip(rows[:4], spread, strict=False):
         assert row["resampling"] == "multinomial" and found / spread[0] == pytest.approx(row["expected"], rel=0.1)
-    assert rows[3]["expected"] < 0.9 < rows[2]["expected"]
+    assert rows[3]["expected"] < 0.9 * rows[2]["expected"] < 0.9
     # Without replacement the same number of draws is closer.
     assert rows[7]["distance"] < 0.9 * rows[3]["distance"]
 
