@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,6 @@ def save(figure: Figure, file: Path, made: str, seeds: Iterable[int]) -> None:
     """Put below the figure how it was made, and save it."""
     command, *rest = made.split("; ")
     line = "; ".join([*rest, f"seeds {', '.join(str(seed) for seed in sorted(set(seeds)))}"])
-    figure.supxlabel(f"{command}\n{line}", fontsize=6.5, color="0.4")
+    figure.supxlabel("\n".join([*textwrap.wrap(command, 150), line]), fontsize=6.5, color="0.4")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
