@@ -13,7 +13,8 @@ scikit-learn's digits: WRN-10-1 trained on 0 to 4 by plain Adam, then fine-tuned
     python examples/paper/fine_tuning.py --data path/to/data --models path/to/models
     python examples/paper/fine_tuning.py --full --dataset path/to/mit67 --model microsoft/resnet-50
 
-What was measured: examples/paper/README.md.
+Measured: within seconds on a CPU τ does not reach 2 (1.2 on clothing10, 1.6 on digits), so it stays off and all rows
+are alike: the claim was not put to the test. Table: examples/paper/README.md.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def experiment(given: argparse.Namespace) -> Experiment:
         ratio=3.0,
         tau_threshold=2.0,
         learning_rate=1e-3,
-        seconds=1800.0 if given.full else 8.0,  # half an hour, as the paper says
+        seconds=1800.0 if given.full else 6.0,  # half an hour, as the paper says
         looks=8 if given.full else 4,
         arguments={"optim": "sgd", "optim_args": "momentum=0.9", "batch_norm": "frozen"},
     )
