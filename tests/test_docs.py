@@ -14,7 +14,8 @@ from torch.nn import functional
 from hf_importance import ImportanceTrainer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "model_cards" / "README.md"]
+PAGES = (ROOT / "model_cards" / "README.md", ROOT / "examples" / "paper" / "README.md")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *PAGES]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 
 
