@@ -52,6 +52,10 @@ SYSTEMS = {
         f"{OURS}, the authors' bias k of 0.5: weights to that power", figures.SKY, {**PAPER, "weight_exponent": 0.5}
     ),
     "gradient_norm": System(f"{OURS}, section 4.1", figures.GREEN, {**PAPER, "importance_score": "gradient_norm"}),
+    "auto": System(
+        "this package: whichever of uniform, remembered and fresh scores is measured to be cheapest", figures.BLACK,
+        {"importance_method": "auto", "presample_ratio": "auto", "tau_threshold": "auto"}, line="--",
+    ),
     "history": System("this package: remembered scores", figures.SKY, {"importance_method": "history"}, line="--"),
     # A run ends by time, so what these two let fall or grow over the steps of a run stays at its start: constant
     # selection pressure s = 100, and beta = 0.4. The paper's own values are lost from its text.
