@@ -310,7 +310,7 @@ def report(file: Path, figure: Path) -> None:
 
 
 def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
-    picture = Figure(figsize=(9, 3.4), layout="constrained")
+    picture = Figure(figsize=(9, 1.2 + 0.75 * len(tasks)), layout="constrained")
     shown = ("compute", "training loss", "test error")
     for axes, name in zip(picture.subplots(1, len(shown)), shown, strict=True):
         for place, task in enumerate(tasks):
