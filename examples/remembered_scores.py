@@ -49,6 +49,13 @@ SIDES = {
     "presample": {"presample_ratio": "auto", **FRESH},
     "auto": {"importance_method": "auto", **FRESH},
 }
+LABELS = {
+    "plain": "plain",
+    "variance": "history, equal compute",
+    "constant_variance": "history, equal noise",
+    "presample": "presample, equal noise",
+    "auto": "auto, equal noise",
+}
 # Okabe-Ito: told apart by colour-blind readers too.
 COLORS = {
     "plain": "#0072B2",
@@ -320,12 +327,15 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
         axes.axvline(1, color="0.6", linewidth=1, zorder=0)
         axes.set(xlabel=f"{name} / plain", yticks=range(len(tasks)))
+        if name == "training loss":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yticklabels(tasks if axes is picture.axes[0] else [])
         axes.invert_yaxis()
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
     for side, color in COLORS.items():
-        picture.axes[0].plot([], [], "o", color=color, label=side.replace("_", " "))
+        picture.axes[0].plot([], [], "o", color=color, label=LABELS[side])
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     picture.savefig(file, dpi=150)
 

@@ -105,7 +105,7 @@ class PoolingMixin(PlanningMixin):
         summed = self._sum_over_ranks(own + self._table_sums(index, together, items))
         tau = self._switch.tau  # that of earlier steps: by its own scores a step's length would be biased
         finite = self._average_tau(*summed[:3])
-        if finite:
+        if finite and self.importance_args.learning_rate_scaling is not None:
             size = self._train_batch_size
             self._scale_learning_rate(1 / relative_variance(planned.pool, planned.kept, size, tau))
         drawn, weights = [], []

@@ -153,7 +153,7 @@ class Report:
         self._restart()
         return {PREFIX + name: value for name, value in entries.items()}
 
-    def summary(self, kappa: float | None) -> dict[str, float]:
+    def summary(self, kappa: float | None = None) -> dict[str, float]:
         """Give the metrics of a finished run. All ranks must call it.
 
         Args:

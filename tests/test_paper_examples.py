@@ -116,7 +116,7 @@ def test_every_system_trains_and_draws_by_importance_where_it_has_to(paper, monk
     experiment.batch_size, experiment.ratio, experiment.tau_threshold = 16, 3.0, 1.0001
     experiment.seconds, experiment.arguments["logging_steps"] = 0.25, 1
     never = {"uniform", "selective_backprop", "infobatch", "top_loss"}  # no share of theirs is logged
-    undecided = {"cost_rule", "history"}  # they wait for more than the threshold
+    undecided = {"auto", "cost_rule", "history"}  # they wait for more than the threshold
     assert len(systems) >= 12 and never | undecided < set(systems)
     for name, system in systems.items():
         last = equal_time.run(name, system, experiment, seed=0)[-1]
