@@ -120,7 +120,8 @@ class PoolingMixin(PlanningMixin):
                 found = keep_own(pool, share)
             self._report.weighted_batch(found.weights, found.distinct, pool.sizes[0])
             drawn.append(found.batch)
-            weights.append(torch.zeros(len(pool)).index_add_(0, found.rows, found.weights))
+            if index is not None:
+                weights.append(torch.zeros(len(pool)).index_add_(0, found.rows, found.weights))
         if index is not None:
             sums = [summed[0], summed[2], *summed[5:]] if finite else None
             self._scored = index, together, torch.cat(weights).double(), sums

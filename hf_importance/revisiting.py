@@ -89,7 +89,7 @@ class RevisitingMixin(RescoringMixin):
         """Give what the next steps cost if they are not drawn by remembered scores, relative to uniform ones."""
         if self.importance_args.importance_method != "auto" or not self._meter.measured:
             return 1.0
-        presampled = self._presampling_price() * (HYSTERESIS if self._switch.active and self._revisiting else 1)
+        presampled = self._presampling_price() * (HYSTERESIS if self._remembering.drawn else 1)
         return min(presampled, 1.0)
 
     def _resume_source(self, saved: dict[str, Any]) -> None:

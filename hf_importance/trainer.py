@@ -138,8 +138,9 @@ class ImportanceMixin(ResumingMixin):
         """Draw one optimizer step's micro-batches anew while presampling is on; None: they are trained on as is."""
         if self.state.global_step == 0:
             check_batch(batches[0], self._train_batch_size)
-        self._remember_pools()
-        if not self._switch.active:
+        if self._switch.active:
+            self._remember_pools()
+        else:
             self._settle(counting=True)
         self._learn_kappa()
         self._mark_step()
