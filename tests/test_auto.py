@@ -183,6 +183,10 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, score, kapp
         assert resumed.sources == whole.sources[step:]
         assert torch.equal(parameters(whole), parameters(resumed)), step
         assert whole.importance_table()["score"][:] == resumed.importance_table()["score"][:]
+        # The pairs that the next calibration is made of, too, which decide only later.
+        ours, theirs = (trainer._remembering.history.tensors() for trainer in (whole, resumed))
+        assert torch.equal(ours["paired"], theirs["paired"])
+        assert torch.equal(ours["pairs"].nan_to_num(-1), theirs["pairs"].nan_to_num(-1))
 
 
 # ---- What has no index, and what is refused ----
