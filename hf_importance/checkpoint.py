@@ -37,6 +37,7 @@ from hf_importance.schema import (
     shortened,
 )
 from hf_importance.training_args import AUTO, METHODS, SCORES
+from hf_importance.variance import SHARES
 
 VERSION = 1
 TENSORS_NAME = "importance_history.safetensors"
@@ -50,7 +51,7 @@ SETTINGS: dict[str, tuple[Schema, str]] = {
         "the reserve goes on behind the pools already drawn",
     ),
     "resampling": (choice(*get_args(Resampling)), "it holds from the next step on"),
-    "tau_threshold": (number(1, 1e9), "it holds from the next step on"),
+    "tau_threshold": (optional(number(1, 1e9)), "it holds from the next step on"),
     "tau_momentum": (number(0, 1), "it holds from the next step on"),
     "per_device_train_batch_size": (
         integer(1, 2**31),
@@ -82,6 +83,10 @@ STATE: dict[str, Schema] = {
     "version": integer(1, VERSION),
     "step": COUNT,
     "switch": {"tau": number(1 - 1e-6, 1e9), "active": FLAG, "switches": COUNT},
+    "variance": Field(
+        f"a list of {len(SHARES)} numbers from 0 on",
+        lambda value: isinstance(value, list) and len(value) == len(SHARES) and all(map(_SUM.accepts, value)),
+    ),
     "steps_on": COUNT,
     "totals": {field.name: COUNT for field in fields(Totals)},
     "reserve_position": COUNT,

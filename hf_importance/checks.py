@@ -190,6 +190,14 @@ def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batc
     """
     examples = batch_size * args.gradient_accumulation_steps * args.world_size
     highest = math.sqrt(examples)
+    if settings.threshold is None:
+        if batch_size * args.gradient_accumulation_steps == 1:
+            logger.warning(
+                "Importance sampling will stay off: whether it pays is measured on the examples of one optimizer step "
+                "on each rank, and 1 says nothing. What to do: raise per_device_train_batch_size or "
+                "gradient_accumulation_steps, or set tau_threshold."
+            )
+        return
     if settings.threshold < highest:
         return
     message = (
@@ -199,7 +207,7 @@ def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batc
         "(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below "
         f"{highest:.3g}."
     )
-    derived = settings.tau_threshold is None or settings.threshold_follows_kappa
+    derived = settings.tau_threshold is None
     if not derived and batch_size == args.train_batch_size:
         raise ValueError(message.format(which="given"))
     which = "derived" if derived else "given"

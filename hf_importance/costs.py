@@ -1,21 +1,22 @@
-r"""What a step costs: how many examples to score and how many to keep, and from which τ on it pays.
+r"""What a step costs: how many examples to score and how many to keep, and whether that pays.
 
-With κ = ``kappa``, the cost of scoring an example over that of training one, and τ = ``tau`` (root convention), a step
-that scores a pool of ``B`` and keeps ``n`` costs :math:`\kappa B + n` trained examples. Relative to the second moment
-of one example's gradient its variance is :math:`1/B + 1/(\tau^2 n)`, that of the pool itself and that of drawing from
-it; a uniform step of ``b`` has the cost ``b`` and the variance :math:`1/b`. For each budget the best ``B / n`` is
-:math:`\tau / \sqrt\kappa`, and cost times variance, relative to the uniform step, is :math:`(\sqrt\kappa + 1/\tau)^2`:
+With κ = ``kappa``, the cost of scoring an example over that of training one, a step that scores a pool of ``B`` and
+keeps the share ``f`` of it, ``n = f B``, costs :math:`(\kappa + f) B` trained examples. Its gradient varies as that of
+a uniform step of :math:`B / \Phi(f)` examples, with the variance factor :math:`\Phi` of :mod:`.variance`. So the noise
+of a uniform step costs :math:`\Phi(f)(\kappa + f)` of it, whatever the gain is spent on, and the share that makes this
+smallest is the best for every budget:
 
-==================== ==================================================== ==========================================
-budget               what is minimised                                    with the best B
-==================== ==================================================== ==========================================
-``constant_variance`` κB + n, subject to 1/B + 1/(τ² n) = 1/b             B = b (1 + 1/(τ√κ)), n = b (√κ/τ + 1/τ²)
-``constant_time``    1/B + 1/(τ² n), subject to κB + n = b                B = b / (κ + √κ/τ), n = b / (1 + τ√κ)
-``variance``         cost times variance, subject to n = b                B = b τ/√κ, n = b
-==================== ==================================================== ==========================================
+==================== ============================== ==========================================
+budget               what is promised               with the best share f
+==================== ============================== ==========================================
+``constant_variance`` the noise of a uniform step    B = b Φ(f), n = f B
+``constant_time``    the cost of a uniform step     B = b / (κ + f), n = f B
+``variance``         n = b                          B = b / f
+==================== ============================== ==========================================
 
-So importance sampling pays exactly where :math:`\sqrt\kappa + 1/\tau < 1`. What the formulas leave out: τ is an
-estimate of an upper bound's, and examples drawn without replacement vary less.
+Importance sampling pays where the smallest :math:`\Phi(f)(\kappa + f)` is below 1. Drawn with replacement
+:math:`\Phi(f) = 1 + 1/(\tau^2 f)`, and that is where :math:`\sqrt\kappa + 1/\tau < 1`. Left out: the scores are an
+upper bound's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+
+from hf_importance.variance import VarianceFactor
 
 Budget = Literal["variance", "constant_variance", "constant_time"]
 
@@ -32,6 +37,8 @@ ASSUMED_KAPPA = 1 / 3
 HYSTERESIS = 1.05
 # A pool of 16 batches has a sixteenth of a batch's variance of its own: a larger one buys at most that much.
 LARGEST_RATIO = 16
+# Shares among which the best is looked for, 1 % apart; a smaller one would keep 1 of 1,024.
+CANDIDATES = 2.0 ** (np.arange(-640, 1) / 64)
 
 
 @dataclass(frozen=True)
@@ -49,47 +56,45 @@ class Plan:
     cost: float
 
 
-def pays_above(kappa: float, cost: float = 1.0) -> float:
-    """τ above which equal gradient noise costs less than ``cost`` uniform steps, ``1 / (sqrt(cost) - sqrt(kappa))``.
+def best_share(factor: VarianceFactor, kappa: float) -> tuple[float, float]:
+    """Give the share of a pool to keep at which equal noise costs least, and what it costs over a uniform step.
 
     Args:
+        factor: What keeping a share does to the variance.
         kappa: Cost of scoring an example over that of training one, ``> 0``.
-        cost: What it may cost, relative to a uniform step.
 
     Returns:
-        Above 1; infinite where scoring alone costs too much.
+        ``f`` in ``(0, 1]``, and ``factor(f) * (kappa + f)``, in ``(kappa, 1 + kappa]``.
 
-    >>> round(pays_above(1 / 3), 2), round(pays_above(0.1), 2), pays_above(1.0)
-    (2.37, 1.46, inf)
+    >>> from hf_importance.variance import WithReplacement
+    >>> share, price = best_share(WithReplacement(tau=4.0), kappa=1 / 9)
+    >>> round(share, 3), round(price, 3)  # sqrt(kappa) / tau, (sqrt(kappa) + 1 / tau)**2
+    (0.084, 0.34)
     """
-    room = math.sqrt(cost) - math.sqrt(kappa)
-    return 1 / room if room > 0 else math.inf
+    prices = factor(CANDIDATES) * (kappa + CANDIDATES)
+    best = int(prices.argmin())
+    return float(CANDIDATES[best]), float(prices[best])
 
 
-def relative_variance(pool: float, kept: float, batch_size: int, tau: float) -> float:
+def relative_variance(pool: float, kept: float, batch_size: int, factor: VarianceFactor) -> float:
     """Variance of a step's gradient over that of a uniform step of ``batch_size``, as the rule sees it.
 
-    >>> relative_variance(pool=64, kept=16, batch_size=32, tau=2.0)
+    >>> from hf_importance.variance import WithReplacement
+    >>> relative_variance(pool=64, kept=16, batch_size=32, factor=WithReplacement(tau=2.0))
     1.0
     """
-    return batch_size / pool + batch_size / (tau**2 * kept)
+    return batch_size / pool * float(factor(kept / pool))
 
 
-def price(planned: Plan, batch_size: int, tau: float) -> float:
-    """Cost times variance of a step over that of a uniform step: what the same noise costs, below 1 where it pays.
-
-    For the best plan it is ``(sqrt(kappa) + 1 / tau) ** 2``.
-
-    >>> round(price(plan("variance", 32, tau=4.0, kappa=1 / 9), 32, tau=4.0), 4), round((1 / 3 + 1 / 4) ** 2, 4)
-    (0.3403, 0.3403)
-    """
-    return planned.cost * relative_variance(planned.pool, planned.kept, batch_size, tau)
+def price(planned: Plan, batch_size: int, factor: VarianceFactor) -> float:
+    """Cost times variance of a step over that of a uniform step: what the same noise costs, below 1 where it pays."""
+    return planned.cost * relative_variance(planned.pool, planned.kept, batch_size, factor)
 
 
 def plan(
     budget: Budget,
     batch_size: int,
-    tau: float,
+    factor: VarianceFactor,
     kappa: float,
     ratio: float | None = None,
     margin: float = 1.0,
@@ -103,7 +108,7 @@ def plan(
         budget: What the gain is spent on: ``"variance"`` (``n = b``, less noise), ``"constant_variance"`` (the noise
             of a uniform step, fewer examples), or ``"constant_time"`` (the cost of a uniform step, less noise).
         batch_size: ``b``, examples in a uniform step.
-        tau: What drawing by score is worth, ``>= 1``.
+        factor: What keeping a share of a pool does to the variance.
         kappa: Cost of scoring an example over that of training one, ``> 0``.
         ratio: ``B / b``, if it is given; None: the best one.
         margin: For ``"constant_variance"``: how many times the examples are kept that the estimate asks for, ``>= 1``.
@@ -114,14 +119,16 @@ def plan(
     Returns:
         The plan; ``n`` is the best one for the ``B`` that rounding and bounds left.
 
-    >>> plan("constant_variance", batch_size=32, tau=4.0, kappa=0.1)
+    >>> from hf_importance.variance import WithReplacement
+    >>> plan("constant_variance", batch_size=32, factor=WithReplacement(tau=4.0), kappa=0.1)
     Plan(pool=57, kept=5, cost=0.334375)
-    >>> plan("variance", batch_size=32, tau=4.0, kappa=1 / 3, ratio=3.0)
+    >>> plan("variance", batch_size=32, factor=WithReplacement(tau=4.0), kappa=1 / 3, ratio=3.0)
     Plan(pool=96, kept=32, cost=2.0)
     """
-    pool = math.ceil(batch_size * ratio) if ratio is not None else _best_pool(budget, batch_size, tau, kappa)
-    if ratio is None:
-        units = max(round((pool - batch_size) / unit), 1)
+    if ratio is not None:
+        pool = math.ceil(batch_size * ratio)
+    else:
+        units = max(round((_best_pool(budget, batch_size, factor, kappa) - batch_size) / unit), 1)
         pool = batch_size + units * unit
         bound = min(LARGEST_RATIO * batch_size, largest or math.inf)
         if pool > bound:
@@ -129,9 +136,7 @@ def plan(
     if budget == "variance":
         kept: float = batch_size
     elif budget == "constant_variance":
-        # 1/B + 1/(tau² n) = 1/b, solved for n. A pool no larger than the batch leaves nothing to draw from.
-        room = 1 - batch_size / pool
-        kept = margin * batch_size / (tau**2 * room) if room > 0 else batch_size
+        kept = margin * pool * _share_for(factor, pool / batch_size)
     else:
         kept = batch_size - kappa * pool
     # A share of an example is kept as a whole one where variance is promised, and not where time is.
@@ -140,10 +145,14 @@ def plan(
     return Plan(pool, whole, (kappa * pool + whole) / batch_size)
 
 
-def _best_pool(budget: Budget, batch_size: int, tau: float, kappa: float) -> float:
-    root = math.sqrt(kappa)
+def _best_pool(budget: Budget, batch_size: int, factor: VarianceFactor, kappa: float) -> float:
+    share, cheapest = best_share(factor, kappa)
     if budget == "constant_variance":
-        return batch_size * (1 + 1 / (tau * root))
-    if budget == "constant_time":
-        return batch_size / (kappa + root / tau)
-    return batch_size * tau / root
+        return batch_size * cheapest / (kappa + share)
+    return batch_size / (kappa + share) if budget == "constant_time" else batch_size / share
+
+
+def _share_for(factor: VarianceFactor, value: float) -> float:
+    """Give the share at which the factor, which falls, is ``value``; 1 where it is so nowhere."""
+    falling = -np.log(np.maximum.accumulate(factor(CANDIDATES)[::-1])[::-1])
+    return float(np.exp(np.interp(-math.log(value), falling, np.log(CANDIDATES))))

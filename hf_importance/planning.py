@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -13,10 +15,16 @@ from hf_importance.costs import HYSTERESIS, Plan, plan, price
 from hf_importance.kappa import KappaMeter
 from hf_importance.switching import Switch
 from hf_importance.training_args import PRESAMPLING
+from hf_importance.variance import SHARES, VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
 from hf_importance.visits import without_index
 from hf_importance.weighted_loss import WeightedLossMixin
 
 logger = logging.getLogger(__name__)
+
+# Presampling goes off again where it costs 2 % more than uniform steps, so that noise does not make it flap.
+TOLERATED_PRICE = 1.02
+# The fewest scores that say something about how few of them matter.
+FEWEST_SCORES = 16
 
 
 class PlanningMixin(WeightedLossMixin):
@@ -24,6 +32,7 @@ class PlanningMixin(WeightedLossMixin):
 
     _meter: KappaMeter
     _switch: Switch
+    _variance: WithoutReplacement
     _train_loader: Any
     _warned_time = False
     # When the step in progress asked for its data.
@@ -36,6 +45,11 @@ class PlanningMixin(WeightedLossMixin):
         raise NotImplementedError
 
     @property
+    def _revisiting(self) -> bool:
+        """Whether the steps are those of a pass."""
+        raise NotImplementedError
+
+    @property
     def _presampling(self) -> bool:
         """Whether the steps are drawn from scored pools."""
         raise NotImplementedError
@@ -43,7 +57,7 @@ class PlanningMixin(WeightedLossMixin):
     def _plan(self) -> Plan:
         """Say how many examples the next step scores and keeps; all ranks come to the same.
 
-        It looks at κ and at the τ of earlier steps only.
+        It looks at κ and at the scores of earlier steps only.
         """
         settings, size = self.importance_args, self._train_batch_size
         data = self._train_loader.dataset
@@ -51,7 +65,7 @@ class PlanningMixin(WeightedLossMixin):
         found = plan(
             settings.importance_budget,
             size,
-            self._switch.tau,
+            self._variance_factor,
             self._meter.kappa,
             settings.ratio,
             settings.variance_margin,
@@ -74,15 +88,41 @@ class PlanningMixin(WeightedLossMixin):
             )
         return found
 
+    @property
+    def _variance_factor(self) -> VarianceFactor:
+        """What keeping a share of a pool does to the variance, as far as is known."""
+        with_replacement = self.importance_args.resampling == "multinomial"
+        return WithReplacement(self._switch.tau) if with_replacement else self._variance
+
+    def _step_moments(self, scores: Tensor, weights: Tensor) -> list[float]:
+        """Give what :meth:`_inverse_moments` does, of the scores that training itself found.
+
+        Args:
+            scores: Of one optimizer step on this rank, shape ``(m,)``.
+            weights: How many uniformly drawn examples each stands for, shape ``(m,)``.
+        """
+        if self._revisiting:
+            # Few of a skewed draw hold too little of what a pool would.
+            return self._inverse_moments([scores] if len(scores) >= FEWEST_SCORES else [], weights)
+        return self._inverse_moments(scores.split(max(self._train_batch_size, FEWEST_SCORES)))
+
     def _presampling_price(self) -> float:
         """Give what the noise of a uniform step costs by presampling, relative to it."""
-        return price(self._plan(), self._train_batch_size, self._switch.tau)
+        return price(self._plan(), self._train_batch_size, self._variance_factor)
 
     def _presampling_pays(self) -> bool:
         """Say whether, between presampling and uniform steps, the next ones should presample."""
         if not self._meter.measured:
             return False
-        return self._presampling_price() * (1 if self._presampling else HYSTERESIS) < 1
+        among_three = self.importance_args.importance_method == "auto"
+        on, off = (1 / HYSTERESIS, 1.0) if among_three else (1.0, TOLERATED_PRICE)
+        return self._presampling_price() < (off if self._presampling else on)
+
+    def _inverse_moments(self, pools: Iterable[Tensor], weights: Tensor | None = None) -> list[float]:
+        """Give what the variance of later draws is known by, to be summed over ranks; empty where nobody asks."""
+        if not self.importance_args.measures_variance:
+            return []
+        return sum((inverse_moments(scores, weights) for scores in pools), np.zeros(len(SHARES))).tolist()
 
     def _mark(self) -> Any:
         """Give a point in time where κ is still to be measured and steps tell something about it."""
@@ -116,6 +156,4 @@ class PlanningMixin(WeightedLossMixin):
             return
         presampling, training = self._sum_over_ranks(self._meter.read())
         self._meter.settle(presampling, training)
-        if self.importance_args.threshold_follows_kappa:
-            self._switch.follow_costs(self._meter.kappa)
         logger.info("Scoring an example takes %.3f of training on one.", self._meter.kappa)

@@ -102,12 +102,16 @@ class PoolingMixin(PlanningMixin):
         counts = [shares, sum(float(found[0]) for found in items)]
         index = torch.cat([part.cpu() for part in indices]) if indices else None
         own = [len(together), float(together.sum()), float(together.square().sum()), *counts]
-        summed = self._sum_over_ranks(own + self._table_sums(index, together, items))
-        tau = self._switch.tau  # that of earlier steps: by its own scores a step's length would be biased
-        finite = self._average_tau(*summed[:3])
-        if finite and self.importance_args.learning_rate_scaling is not None:
-            size = self._train_batch_size
-            self._scale_learning_rate(1 / relative_variance(planned.pool, planned.kept, size, tau))
+        parts = [own, self._table_sums(index, together, items), self._inverse_moments(scores)]
+        added = iter(self._sum_over_ranks(list(itertools.chain(*parts))))
+        summed, table_sums, moments = (list(itertools.islice(added, len(part))) for part in parts)
+        gain = 1.0
+        if self.importance_args.learning_rate_scaling is not None:
+            # By what earlier steps say: by its own scores a step's length would be biased.
+            gain /= relative_variance(planned.pool, planned.kept, self._train_batch_size, self._variance_factor)
+        finite = self._average_tau(*summed[:3], moments)
+        if finite:
+            self._scale_learning_rate(gain)
         drawn, weights = [], []
         for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:
@@ -123,7 +127,7 @@ class PoolingMixin(PlanningMixin):
             if index is not None:
                 weights.append(torch.zeros(len(pool)).index_add_(0, found.rows, found.weights))
         if index is not None:
-            sums = [summed[0], summed[2], *summed[5:]] if finite else None
+            sums = [summed[0], summed[2], *table_sums] if finite else None
             self._scored = index, together, torch.cat(weights).double(), sums
         step_items = share * (summed[3:5] if self._averaged_ranks > 1 else counts)[0 if finite else 1]
         if step_items == 0:

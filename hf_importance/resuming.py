@@ -29,6 +29,7 @@ from hf_importance.revisiting import RevisitingMixin
 from hf_importance.streams import Stream
 from hf_importance.switching import Switch
 from hf_importance.training_args import BASELINES
+from hf_importance.variance import WithoutReplacement
 from hf_importance.whole_checkpoints import STATE_FILE, HalfWritten, check_whole, checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ResumingMixin(RevisitingMixin):
     def _begin_importance(self) -> None:
         settings = self.importance_args
         self._switch = Switch(settings.threshold, settings.tau_momentum)
+        self._variance = WithoutReplacement(settings.tau_momentum)
         self._meter = KappaMeter(self.args.device)
         self._report = Report(self._sum_over_ranks)
         self._reserve: Reserve | None = None
@@ -72,6 +74,7 @@ class ResumingMixin(RevisitingMixin):
         saved = self._state_to_resume() if self.state.global_step > 0 else None
         if saved is not None:
             self._switch.load_state_dict(saved["switch"])
+            self._variance.load(saved["variance"])
             self._report.totals = Totals(**saved["totals"])
             self._report.steps_on = saved["steps_on"]
             self._loss_scale.over_step = saved["loss_over_step"]
@@ -90,8 +93,6 @@ class ResumingMixin(RevisitingMixin):
                     self.state.global_step,
                     changed,
                 )
-        if self.importance_args.threshold_follows_kappa:
-            self._switch.follow_costs(self._meter.kappa)
         # None where somebody asks for the batches of a step without training.
         if isinstance(getattr(self._train_loader, "dataset", None), IterableDataset):
             self._stream = self._stream_at(saved)
@@ -144,6 +145,7 @@ class ResumingMixin(RevisitingMixin):
         return {
             "step": self.state.global_step,
             "switch": self._switch.state_dict(),
+            "variance": self._variance.state(),
             "steps_on": self._report.steps_on,
             "reserve_position": self._reserve_start if self._reserve is None else self._reserve.position,
             "kappa": self._meter.kappa if self._meter.measured else None,

@@ -12,11 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from hf_importance.costs import pays_above
-
-# Hysteresis of a threshold that follows the cost rule: off again once a step costs 2 % more than a uniform one.
-TOLERATED_COST = 1.02
-
 
 def estimate_tau(scores: Tensor) -> Tensor:
     r"""How much sampling by score is worth over sampling uniformly.
@@ -89,41 +84,28 @@ class Switch:
     """Moving average of τ, and whether importance sampling is on: on while the average is above the threshold.
 
     Attributes:
-        threshold: τ above which it goes on, ``> 1``.
-        off_below: τ at or below which it goes off again, at most the threshold: the same, but where the threshold
-            follows the cost rule.
+        threshold: τ above which it is on, ``> 1``; None where somebody else decides, by what each source costs.
         momentum: Share of the old average that an update keeps, ``a_τ`` in the paper, in ``[0, 1)``.
         tau: Moving average of τ, ``>= 1``. It starts at 1, nothing to win: from 0 it would only lag.
         switches: How often it went on or off.
     """
 
-    def __init__(self, threshold: float, momentum: float) -> None:
+    def __init__(self, threshold: float | None, momentum: float) -> None:
         self.threshold = threshold
-        self.off_below = threshold
         self.momentum = momentum
         self.tau = 1.0
         self.active = False
         self.switches = 0
 
-    def follow_costs(self, kappa: float) -> None:
-        """Go on above ``1 / (1 - sqrt(kappa))``, where it pays, and off where it costs 2 % more than a uniform step.
-
-        Between the two it stays what it is, so that noise of τ around the threshold does not make it flap.
-
-        Args:
-            kappa: Cost of scoring an example over that of training one, ``> 0``.
-        """
-        self.threshold = pays_above(kappa)
-        self.off_below = pays_above(kappa, TOLERATED_COST)
-
     def update(self, tau: float) -> bool:
-        """Average in the τ of one optimizer step (Algorithm 1, line 17) and decide for the next one.
+        """Average in the τ of one optimizer step (Algorithm 1, line 17) and decide for the next one by the threshold.
 
         Returns:
             Whether importance sampling went on or off by it.
         """
         self.average(tau)
-        return self.turn(self.tau > (self.off_below if self.active else self.threshold))
+        assert self.threshold is not None
+        return self.turn(self.tau > self.threshold)
 
     def average(self, tau: float) -> None:
         """Average in the τ of one optimizer step."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ class ImportanceMixin(ResumingMixin):
         """Give this rank's sums of the last step, see :meth:`_take_in`, and the examples and scores behind them."""
         pending, self._pending = self._pending, []
         if not pending:
-            return [0.0] * 7, None
+            return [0.0] * 7 + self._inverse_moments([]), None
         sizes = [len(score) for score, _, _ in pending]
         # The one wait for the device of a uniform step.
         host = torch.cat([*(score for score, _, _ in pending), *(items.float()[None] for _, _, items in pending)])
@@ -214,11 +214,19 @@ class ImportanceMixin(ResumingMixin):
             proposed = weights.square() if history.drawn else history.history.proposed_weights(index)
             drawn = float((proposed * found.square()).sum())
         sums = [float(weights.sum()), float((weights * found).sum()), float((weights * found.square()).sum())]
-        own = [*sums, drawn, empty, float(items.sum()), float(len(found))]
+        own = [*sums, drawn, empty, float(items.sum()), float(len(found)), *self._step_moments(found, weights)]
         return own, None if index is None else (index, found, given)
 
     def _take_in(
-        self, count: float, total: float, squares: float, drawn: float, empty: float, items: float, examples: float
+        self,
+        count: float,
+        total: float,
+        squares: float,
+        drawn: float,
+        empty: float,
+        items: float,
+        examples: float,
+        *moments: float,
     ) -> None:
         """Average in the sums of one optimizer step over all ranks.
 
@@ -230,17 +238,18 @@ class ImportanceMixin(ResumingMixin):
             empty: Micro-batches whose own mean was 0 / 0.
             items: Items of the loss.
             examples: Examples.
+            *moments: See :func:`.variance.inverse_moments`.
         """
         if empty > 0 or (items == 0 and examples > 0):
             raise ValueError(NO_ITEMS.format(step=self.state.global_step))
-        if not self._average_tau(count, total, squares):
+        if not self._average_tau(count, total, squares, moments):
             return
         if self._remembering is not None:
             uniform = not self._revisiting
             self._remembering.measure(count, squares, drawn, items * uniform, examples * uniform)
 
-    def _average_tau(self, count: float, total: float, squares: float) -> bool:
-        """Average in the τ of one step's sums over all ranks; give whether its scores were finite."""
+    def _average_tau(self, count: float, total: float, squares: float, moments: Sequence[float]) -> bool:
+        """Average in one step's sums over all ranks; give whether its scores were finite."""
         tau = tau_from_sums(count, total, squares)
         if math.isnan(tau):
             if self.args.process_index == 0:
@@ -256,18 +265,21 @@ class ImportanceMixin(ResumingMixin):
                     PREFIX,
                 )
             return False
+        if moments:
+            self._variance.average(moments)
         if count and self._turn(tau):
             self._log_switch()
         return True
 
     def _turn(self, tau: float) -> bool:
         """Average in the τ of one step, and give whether presampling goes on or off by it."""
-        method = self.importance_args.importance_method
-        if method == "presample":
+        method, priced = self.importance_args.importance_method, self.importance_args.goes_by_price
+        if method == "presample" and not priced:
             return self._switch.update(tau)
         self._switch.average(tau)
         # A pass of remembered scores ends by itself.
-        return method == "auto" and not self._revisiting and self._switch.turn(self._presampling_pays())
+        presampling = method in PRESAMPLING and not self._revisiting
+        return presampling and self._switch.turn(self._presampling_pays())
 
     def _log_switch(self) -> None:
         """Tell the log and the reporting backends that importance sampling went on or off."""
@@ -288,8 +300,9 @@ class ImportanceMixin(ResumingMixin):
         """Say where the run stands, for the progress bar."""
         switch, method = self._switch, self.importance_args.importance_method
         if method == "presample":
-            sign, limit = (">", switch.off_below) if switch.active else ("<", switch.threshold)
-            return Status(switch.tau, f"{sign} {limit:.2f}", "on" if switch.active else "off")
+            limit = f"{'>' if switch.active else '<'} {switch.threshold:.2f}" if switch.threshold else None
+            compared = limit or f"price {self._presampling_price():.2f}"
+            return Status(switch.tau, compared, "on" if switch.active else "off")
         if method in BASELINES:
             return Status(switch.tau, method, "on" if switch.active else "off")
         gain = 1.0 if self._remembering is None else self._remembering.history.averages.gain
@@ -299,12 +312,13 @@ class ImportanceMixin(ResumingMixin):
 
     def _method_entries(self) -> dict[str, float]:
         method, entries = self.importance_args.importance_method, {}
-        if method == "presample":
+        if method == "presample" and self._switch.threshold is not None:
             entries["tau_threshold"] = self._switch.threshold
         if method in PRESAMPLING:
             entries["kappa"] = self._meter.kappa
+            if self.importance_args.goes_by_price:
+                entries["price_presample"] = self._presampling_price()
         if method == "auto":
-            entries["price_presample"] = self._presampling_price()
             entries["presampling"] = float(self._presampling)
         if self._remembering is not None:
             entries |= self._remembering.log_entries(self.state.global_step)

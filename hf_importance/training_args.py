@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
-from hf_importance.costs import ASSUMED_KAPPA, Budget, pays_above
+from hf_importance.costs import Budget
 from hf_importance.learning_rate import RULES
 from hf_importance.sampling import Resampling
 from hf_importance.switching import derived_threshold
@@ -92,8 +92,9 @@ class ImportanceArguments:
     tau_threshold: float | str | None = field(
         default=None,
         metadata={
-            "help": "Tau above which importance sampling is on. Above 1, or 'auto': 1 / (1 - sqrt(kappa)) with the "
-            "measured kappa; by default (B + 3b) / (3b), the paper's, and 'auto' where presample_ratio is."
+            "help": "Tau above which importance sampling is on. Above 1, or 'auto': on where, by what is measured, "
+            "the noise of a uniform step costs less than one; by default (B + 3b) / (3b), the paper's, and 'auto' "
+            "where presample_ratio is."
         },
     )
     tau_momentum: float = field(
@@ -287,8 +288,8 @@ class ImportanceArguments:
         return None if self.presample_ratio == AUTO else float(self.presample_ratio)
 
     @property
-    def threshold_follows_kappa(self) -> bool:
-        """Whether the threshold is that of the cost rule."""
+    def goes_by_price(self) -> bool:
+        """Whether it is on where the cost rule says that it pays, whatever τ is."""
         return self.tau_threshold == AUTO or (self.tau_threshold is None and self.ratio is None)
 
     @property
@@ -296,14 +297,20 @@ class ImportanceArguments:
         """Whether a decision depends on what scoring costs."""
         return self.importance_method == "auto" or (
             self.importance_method == "presample"
-            and (self.threshold_follows_kappa or self.ratio is None or self.importance_budget == "constant_time")
+            and (self.goes_by_price or self.ratio is None or self.importance_budget == "constant_time")
         )
 
     @property
-    def threshold(self) -> float:
-        """τ above which it is on: the user's, the paper's for this ratio, or the cost rule's for the paper's κ."""
-        if self.threshold_follows_kappa:
-            return pays_above(ASSUMED_KAPPA)
+    def measures_variance(self) -> bool:
+        """Whether a decision depends on what drawing without replacement does to the variance."""
+        planned = self.needs_kappa or self.importance_budget == "constant_variance" or self.learning_rate_scaling
+        return bool(self.importance_method in PRESAMPLING and self.resampling == "systematic" and planned)
+
+    @property
+    def threshold(self) -> float | None:
+        """τ above which it is on: the user's, or the paper's for this ratio; None where it goes by the price."""
+        if self.goes_by_price:
+            return None
         return derived_threshold(self.ratio) if self.tau_threshold is None else float(self.tau_threshold)
 
 

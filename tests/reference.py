@@ -70,6 +70,12 @@ def logit_gradient_norms(loss_of_row, logits: Tensor) -> Tensor:
     return torch.stack(norms)
 
 
+def inverse_moment(scores: list[float], kept: int) -> float:
+    """Sum of score squared over inclusion probability, where ``kept`` of the examples are drawn."""
+    inclusion = inclusion_probabilities(scores, kept)
+    return sum(score**2 / p for score, p in zip(scores, inclusion, strict=True) if score > 0)
+
+
 def cheapest_plan(budget: str, size: int, tau: float, kappa: float, largest: int) -> tuple[int, int]:
     """The best pool and number kept among all integers, by trying every pair: pool in (b, largest], kept in [1, b]."""
     best = None

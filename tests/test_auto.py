@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
 from hf_importance.costs import HYSTERESIS, Plan, plan, price, relative_variance
+from hf_importance.variance import WithReplacement
 
 EXAMPLES, BATCH = 256, 16
 STEPS = EXAMPLES // BATCH  # an epoch
@@ -76,17 +77,17 @@ def spans(sources):
 @pytest.mark.parametrize("tau", [1.5, 3.0, 6.0])
 def test_the_price_of_the_best_plan_is_that_of_the_rule(kappa, tau):
     for budget in ("variance", "constant_variance", "constant_time"):
-        planned = plan(budget, 4096, tau, kappa)
+        planned = plan(budget, 4096, WithReplacement(tau), kappa)
         bounded = planned.pool >= 16 * 4096
-        found = price(planned, 4096, tau)
+        found = price(planned, 4096, WithReplacement(tau))
         assert found == pytest.approx((math.sqrt(kappa) + 1 / tau) ** 2, rel=2e-3) or bounded
 
 
 def test_the_price_of_a_given_plan_counts_cost_and_noise():
     # 96 scored at 1/3 and 32 kept cost 2; the noise is 1/3 of the pool's own and 1/4 of the draw's.
     planned = Plan(pool=96, kept=32, cost=2.0)
-    assert price(planned, 32, tau=2.0) == pytest.approx(2 * (1 / 3 + 1 / 4))
-    assert relative_variance(96, 32, 32, 2.0) == pytest.approx(1 / 3 + 1 / 4)
+    assert price(planned, 32, WithReplacement(2.0)) == pytest.approx(2 * (1 / 3 + 1 / 4))
+    assert relative_variance(96, 32, 32, WithReplacement(2.0)) == pytest.approx(1 / 3 + 1 / 4)
 
 
 # ---- What it chooses ----
@@ -105,7 +106,7 @@ def test_nothing_to_win_is_the_plain_run(tmp_path):
 
 
 def test_what_can_be_remembered_is(tmp_path):
-    ours = trained(tmp_path, persistent, kappa=0.4, importance_budget="constant_variance")
+    ours = trained(tmp_path, persistent, kappa=0.8, importance_budget="constant_variance")
     assert spans(ours.sources)[-1][0] == "history" and "presample" not in ours.sources
     assert not ours.pools
 
@@ -116,13 +117,13 @@ def test_what_cannot_be_remembered_is_presampled(tmp_path):
     log = [e for e in ours.state.log_history if "loss" in e]
     assert log[-1]["importance/presampling"] == log[-1]["importance/active"] == 1
     tau = log[-1]["importance/tau"]
-    assert tau == pytest.approx(math.sqrt(8), rel=0.06)
+    assert tau == pytest.approx(math.sqrt(8), rel=0.1)  # where a pool is no multiple of 8, a little less
     assert log[-1]["importance/price_presample"] < 0.5
     assert log[-1]["importance/gain"] == pytest.approx(1, abs=0.1)
 
 
 def test_what_neither_pays_for_stays_uniform(tmp_path):
-    ours = trained(tmp_path, forgetful, kappa=0.5, max_steps=3 * STEPS)
+    ours = trained(tmp_path, forgetful, kappa=0.95, max_steps=3 * STEPS)
     assert set(ours.sources) == {"uniform"}
 
 

@@ -9,7 +9,7 @@ import toys
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.costs import ASSUMED_KAPPA, pays_above
+from hf_importance.costs import ASSUMED_KAPPA
 from hf_importance.kappa import SAMPLES, WARM_UP, KappaMeter
 
 PROBES = WARM_UP + SAMPLES
@@ -90,7 +90,8 @@ def test_it_is_measured_while_off_data_included(tmp_path, digits, forward, backw
     assert logged[-1] == pytest.approx(expected, rel=0.5)
     assert logged[-1] != ASSUMED_KAPPA
     last = trainer.state.log_history[-2]
-    assert last["importance/tau_threshold"] == pytest.approx(pays_above(logged[-1]))
+    assert last["importance/price_presample"] == pytest.approx(1 + logged[-1], rel=0.3)  # all scores are alike
+    assert "importance/tau_threshold" not in last
     assert last["importance/examples_scored"] == 0  # a probe is no pool
 
 
@@ -192,7 +193,7 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for one, other in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
-    keys = ("tau", "kappa", "tau_threshold", "active", "examples_scored", "examples_trained", "max_weight")
+    keys = ("tau", "kappa", "price_presample", "active", "examples_scored", "examples_trained", "max_weight")
     histories = [
         [[e[f"importance/{key}"] for key in keys] for e in trainer.state.log_history if "loss" in e]
         for trainer in (whole, resumed)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from hf_importance.checkpoint import STATE, VERSION, ImportanceStateCallback, saved_state
 from hf_importance.schema import check
+from hf_importance.variance import SHARES
 from hf_importance.whole_checkpoints import HalfWritten, check_whole
 
 NAME = ImportanceStateCallback.__name__
@@ -21,6 +22,7 @@ VALID = {
     "version": VERSION,
     "step": 5,
     "switch": {"tau": 1.5, "active": True, "switches": 1},
+    "variance": [0.5] * len(SHARES),
     "steps_on": 4,
     "totals": {
         "examples_scored": 0,

@@ -73,16 +73,6 @@ def test_it_goes_on_above_the_threshold_and_off_again_below():
     assert switch.switches == 3
 
 
-def test_a_threshold_that_follows_the_costs_has_hysteresis():
-    switch = Switch(threshold=2.0, momentum=0.0)
-    switch.follow_costs(1 / 9)
-    assert switch.threshold == pytest.approx(1.5)  # 1 / (1 - 1/3)
-    assert (1 / 3 + 1 / switch.off_below) ** 2 == pytest.approx(1.02)
-    between = (1.5 + switch.off_below) / 2
-    changes = [switch.update(tau) for tau in (between, 1.51, between, 1.51, switch.off_below - 1e-6, between)]
-    assert changes == [False, True, False, False, True, False]
-
-
 def test_the_state_survives_a_round_trip():
     switch = Switch(2.0, 0.5)
     switch.update(4.0)
