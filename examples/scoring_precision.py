@@ -1,6 +1,6 @@
 """How much low precision moves the scores: the distribution, and what that costs in variance, on a trained model.
 
-    python examples/scoring_precision.py --task sst2 --data path/to/data --models path/to/models --steps 150
+    python examples/scoring_precision.py --tasks clothing sst2 --data path/to/data --models path/to/models
 
 A model is fine-tuned by the plain Trainer, and then scores a pool in float32, bf16 and fp16. ``moved`` is the total
 variation distance between the probabilities, the share of the draws that would be others. ``variance`` is the second
@@ -10,63 +10,54 @@ ones: 1 means that nothing is lost. The result stands in docs/costs.md.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
-from presampling_equal_time import TASKS, Arguments, load
+from remembered_scores import TASKS
 from torch.utils.data import DataLoader, Subset
-from transformers import HfArgumentParser
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, estimate_tau
 from hf_importance.batches import Pool
 from hf_importance.presampling import score_pool
 
 
-@dataclass
-class PoolArguments:
-    """What is scored."""
-
-    pool: int = field(default=512, metadata={"help": "Examples scored."})
-    precisions: list[str] = field(
-        default_factory=lambda: ["bf16", "fp16"], metadata={"help": "Against float32; a CPU is slow in fp16."}
-    )
-
-
 def main() -> None:
     """Train, score, compare."""
-    arguments, scored = HfArgumentParser([Arguments, PoolArguments]).parse_args_into_dataclasses()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["clothing", "sst2"])
+    parser.add_argument("--epochs", type=float, help="In place of each task's own.")
+    parser.add_argument("--pool", type=int, default=512, help="Examples scored.")
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp16"], help="Against float32.")
+    settings = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    transformers.set_seed(0)
-    task = load(arguments)
-    args = ImportanceTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        importance_sampling=False,
-        batch_norm="frozen",
-        per_device_train_batch_size=arguments.batch_size,
-        max_steps=arguments.steps,
-        learning_rate=TASKS[arguments.task]["learning_rate"],
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-    )
-    trainer = ImportanceTrainer(task.new_model(), args, data_collator=task.collate, train_dataset=task.train)
-    trainer.train()
-    rows = Subset(task.train, range(min(scored.pool, len(task.train))))
-    batches = DataLoader(rows, batch_size=64, collate_fn=task.collate)
-    pool = Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
-    found = {
-        dtype: score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None, dtype=dtype).double()
-        for dtype in ("fp32", *scored.precisions)
-    }
-    full = found["fp32"]
-    print(f"{arguments.task}, {arguments.steps} steps, {len(full)} examples, tau {float(estimate_tau(full)):.3f}")
-    for dtype, score in found.items():
-        moved = (score / score.sum() - full / full.sum()).abs().sum() / 2
-        variance = (full.square() / score).sum() * score.sum() / full.sum() ** 2
-        print(f"{dtype}: moved {float(moved):.5f}, variance {float(variance):.6f}")
+    for name in settings.tasks:
+        transformers.set_seed(0)
+        task = TASKS[name](settings.data, settings.models)
+        args = ImportanceTrainingArguments(
+            tempfile.mkdtemp(), importance_sampling=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            **task.arguments | ({} if settings.epochs is None else {"num_train_epochs": settings.epochs}),
+        )  # fmt: skip
+        trainer = ImportanceTrainer(task.model(), args, data_collator=task.collator, train_dataset=task.train)
+        trainer.train()
+        rows = Subset(task.train, range(min(settings.pool, len(task.train))))
+        batches = DataLoader(rows, batch_size=64, collate_fn=task.collator)
+        pool = Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
+        found = {
+            dtype: score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None, dtype=dtype).double()
+            for dtype in ("fp32", *settings.precisions)
+        }
+        full = found["fp32"]
+        print(f"{name}, {args.num_train_epochs:g} epochs, {len(full)} examples, tau {float(estimate_tau(full)):.3f}")
+        for dtype, score in found.items():
+            moved = (score / score.sum() - full / full.sum()).abs().sum() / 2
+            variance = (full.square() / score).sum() * score.sum() / full.sum() ** 2
+            print(f"{dtype}: moved {float(moved):.5f}, variance {float(variance):.6f}", flush=True)
 
 
 if __name__ == "__main__":

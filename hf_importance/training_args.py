@@ -79,7 +79,7 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "Examples scored in an importance step for each one of the batch, B / b. Above 1, or 'auto': what "
-            "is cheapest for the measured kappa and tau. By default 3, and 'auto' with importance_method='auto'."
+            "is cheapest by what is measured. By default 3, and 'auto' with importance_method='auto'."
         },
     )
     resampling: str = field(
@@ -290,7 +290,8 @@ class ImportanceArguments:
     @property
     def goes_by_price(self) -> bool:
         """Whether it is on where the cost rule says that it pays, whatever τ is."""
-        return self.tau_threshold == AUTO or (self.tau_threshold is None and self.ratio is None)
+        derived = self.ratio is None or self.importance_method == "auto"
+        return self.tau_threshold == AUTO or (self.tau_threshold is None and derived)
 
     @property
     def needs_kappa(self) -> bool:

@@ -159,18 +159,3 @@ def test_the_batch_policy_normalises_with_the_batch_and_is_undone_after_training
     torch.testing.assert_close(loss, twin(**batch).loss)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-@pytest.mark.parametrize(
-    ("settings", "warned"),
-    [
-        ({"importance_budget": "constant_variance"}, True),
-        ({"importance_budget": "constant_time", "importance_method": "auto"}, True),
-        ({"importance_budget": "constant_variance", "batch_norm": "frozen"}, False),
-        ({"importance_budget": "constant_variance", "importance_method": "history"}, False),
-        ({}, False),
-    ],
-)
-def test_small_batches_are_warned_of(tmp_path, caplog, digits, settings, warned):
-    ImportanceTrainer(model=toys.resnet(), args=toys.arguments(tmp_path, **settings), train_dataset=digits)
-    assert ("keeps as few as 2 examples" in caplog.text) == warned

@@ -33,7 +33,20 @@ def uneven(outputs, labels):
     return 1.0 + 9.0 * (labels == 0).float()
 
 
-def train(tmp_path, **overrides):
+class Scores(ImportanceTrainer):
+    """Keeps the scores of each step."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen = []
+        super().__init__(*args, **kwargs)
+
+    def _inverse_moments(self, pools, weights=None):
+        pools = list(pools)
+        self.seen += [pool.tolist() for pool in pools]
+        return super()._inverse_moments(pools, weights)
+
+
+def train(tmp_path, kind=ImportanceTrainer, **overrides):
     settings = {
         "logging_steps": 1,
         "optim": "sgd",
@@ -42,9 +55,7 @@ def train(tmp_path, **overrides):
         "max_grad_norm": 0.0,
     }
     args = toys.always_on(tmp_path, **{**settings, **overrides})
-    trainer = ImportanceTrainer(
-        model=toys.bert(), args=args, train_dataset=toys.sentences(256), compute_score_func=uneven
-    )
+    trainer = kind(model=toys.bert(), args=args, train_dataset=toys.sentences(256), compute_score_func=uneven)
     trainer.steps = Steps()
     trainer.add_callback(trainer.steps)
     trainer.train()
@@ -64,8 +75,10 @@ def test_the_factor(rule):
 
 @pytest.mark.parametrize(("rule", "ratio"), [("linear", 3.0), ("sqrt", 8.0)])
 def test_a_presampled_step_is_longer_by_the_root_or_all_of_its_gain(tmp_path, rule, ratio):
-    plain = train(tmp_path / "plain", presample_ratio=ratio)
-    raised = train(tmp_path / "raised", presample_ratio=ratio, learning_rate_scaling=rule)
+    # With replacement, where the gain follows from tau.
+    settings = {"presample_ratio": ratio, "resampling": "multinomial"}
+    plain = train(tmp_path / "plain", **settings)
+    raised = train(tmp_path / "raised", **settings, learning_rate_scaling=rule)
     factors, taus = (logged(raised, "importance/" + key) for key in ("learning_rate_factor", "tau"))
     pool = round(16 * ratio)
     assert factors[0] == 1.0  # off
@@ -82,6 +95,16 @@ def test_a_presampled_step_is_longer_by_the_root_or_all_of_its_gain(tmp_path, ru
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(second[1], factors[1] * first[1], rtol=1e-3, atol=1e-6)
     assert "importance/learning_rate_factor" not in plain.state.log_history[0]
+
+
+def test_without_replacement_the_gain_is_that_of_the_inclusion_probabilities(tmp_path):
+    trainer = train(tmp_path, kind=Scores, presample_ratio=4.0, learning_rate_scaling="linear")
+    factors = logged(trainer, "importance/learning_rate_factor")
+    assert max(factors) > 1.5
+    # With a momentum of 0 the scores of the step before say what keeping a quarter of 64 is worth.
+    for factor, scores in zip(factors[1:], trainer.seen, strict=False):
+        kept = sum(score**2 for score in scores) / reference.inverse_moment(scores, len(scores) // 4)
+        assert factor == pytest.approx(min(max(64 / 16 * kept, 1.0), LARGEST_FACTOR))
 
 
 def test_uniform_steps_keep_the_users_learning_rate(tmp_path):
