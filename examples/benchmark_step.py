@@ -274,14 +274,17 @@ def off(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     print(
         f"{name:7} plain step {1000 * statistics.median(seconds[Trainer]):8.1f} ms, off / plain "
         f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, "
-        f"what off adds {1000 * added_while_off(name, data, settings):.2f} ms",
+        f"what off adds {1000 * added_while_off(name, data, settings):.2f} ms, "
+        f"with presample_ratio='auto' {1000 * added_while_off(name, data, settings, presample_ratio='auto'):.2f} ms",
         flush=True,
     )
 
 
-def added_while_off(name: str, data: Rows, settings: BenchmarkArguments) -> float:
-    """Give the seconds of all that a switched-off step does more: score the logits, read the sums, average."""
-    trainer = make_trainer(ImportanceTrainer, name, data, settings)
+def added_while_off(name: str, data: Rows, settings: BenchmarkArguments, **options) -> float:
+    """Give the seconds of all that a switched-off step does more: score the logits, read the sums, average, decide."""
+    automatic = {"tau_threshold": "auto", "score": alike} if options else {}
+    trainer = make_trainer(ImportanceTrainer, name, data, settings, **options, **automatic)
+    trainer._meter.load(0.3)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         outputs = trainer.model(**trainer._head.model_inputs(batch))

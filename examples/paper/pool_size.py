@@ -4,8 +4,9 @@ Claim: with the same threshold for all, a larger pool B in {384, 640, 1024} (b =
 since it allows a larger variance reduction; 2b < B < 6b is a good choice (the bounds recalled, not checked).
 
 The paper says nothing of what a pool costs. The rule of this package does (docs/costs.md): a step that scores B and
-keeps b costs (κB + b) / b uniform steps and has b/B + 1/τ² of their variance; the product below 1 says that it pays,
-and the ratio that makes it smallest is τ/√κ. It is drawn beside the training losses, for the κ and τ of these runs::
+keeps b, with replacement, costs (κB + b) / b uniform steps and has b/B + 1/τ² of their variance. It pays where the
+product is below 1, and the ratio that makes that smallest is τ/√κ. It is drawn beside the training losses, for the κ
+and τ of these runs::
 
     python examples/paper/pool_size.py                    # digits, b = 32, under 3 minutes
     python examples/paper/pool_size.py --full             # CIFAR-10, WRN-28-2, B of 384, 640, 1024 and 2048
