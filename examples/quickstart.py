@@ -200,7 +200,9 @@ def draw(rows: list[dict], path: Path) -> None:
     points = [point for point in rows[1]["points"] if "importance/tau" in point]
     seconds, switch = [point["seconds"] for point in points], [point["importance/active"] for point in points]
     lower.plot(seconds, [point["importance/tau"] for point in points], color=vermillion, label="τ")
-    for threshold in [point["importance/tau_threshold"] for point in points if "importance/tau_threshold" in point][-1:]:
+    for threshold in [point["importance/tau_threshold"] for point in points if "importance/tau_threshold" in point][
+        -1:
+    ]:
         lower.axhline(threshold, color="black", linestyle=":", label="threshold")
     spans = [span for *span, on in zip(seconds, seconds[1:], switch, strict=False) if on]
     for axes in (upper, lower):

@@ -47,12 +47,13 @@ class ImportanceArguments:
             "'prioritized' (Schaul et al., 2015)."
         },
     )
-    importance_budget: str = field(
-        default="variance",
+    importance_budget: str | None = field(
+        default=None,
         metadata={
-            "help": "What the gain is spent on: 'variance' (batches as large as ever, less gradient noise), "
-            "'constant_variance' (as much noise as ever, smaller batches, so less compute at equal steps), or "
-            "'constant_time' (steps that cost what a uniform step costs, with less noise)."
+            "help": "What the gain is spent on: 'constant_variance' (as much noise as ever, smaller batches, so less "
+            "compute at equal steps), 'variance' (batches as large as ever, less gradient noise), or 'constant_time' "
+            "(steps that cost what a uniform step costs, with less noise). By default 'constant_variance' where "
+            "presample_ratio is 'auto' and pools are scored, else 'variance'."
         },
     )
     variance_margin: float = field(
@@ -74,12 +75,12 @@ class ImportanceArguments:
             "for ablation)."
         },
     )
-    # None stands in the type of this and the next field so that HfArgumentParser reads a number or a word.
+    # None stands in the type of this and of tau_threshold so that HfArgumentParser reads a number or a word.
     presample_ratio: float | str | None = field(
-        default=None,
+        default=AUTO,
         metadata={
             "help": "Examples scored in an importance step for each one of the batch, B / b. Above 1, or 'auto': what "
-            "is cheapest by what is measured. By default 3, and 'auto' with importance_method='auto'."
+            "is cheapest by what is measured. 3 with resampling='multinomial' is the paper's recipe."
         },
     )
     resampling: str = field(
@@ -93,8 +94,8 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "Tau above which importance sampling is on. Above 1, or 'auto': on where, by what is measured, "
-            "the noise of a uniform step costs less than one; by default (B + 3b) / (3b), the paper's, and 'auto' "
-            "where presample_ratio is."
+            "the noise of a uniform step costs less than one. By default 'auto' where presample_ratio is, else (B + "
+            "3b) / (3b), the paper's."
         },
     )
     tau_momentum: float = field(
@@ -171,6 +172,9 @@ class ImportanceArguments:
     def __post_init__(self) -> None:
         """Check every value first (it needs no device), then let the next class in line do the same."""
         _check_choice("importance_method", self.importance_method, METHODS)
+        if self.importance_budget is None:
+            cheaper = self.importance_method in PRESAMPLING and self.presample_ratio == AUTO
+            self.importance_budget = "constant_variance" if cheaper and not self.learning_rate_scaling else "variance"
         _check_choice("importance_budget", self.importance_budget, BUDGETS)
         if not (math.isfinite(self.variance_margin) and self.variance_margin >= 1):
             raise ValueError(
@@ -187,12 +191,10 @@ class ImportanceArguments:
         _check_choice("resampling", self.resampling, get_args(Resampling))
         if self.scoring_dtype is not None:
             _check_choice("scoring_dtype", self.scoring_dtype, SCORING_DTYPES)
-        if self.presample_ratio is None:
-            self.presample_ratio = AUTO if self.importance_method == "auto" else 3.0
         self.presample_ratio = _number_or_auto(
             "presample_ratio",
             self.presample_ratio,
-            "It says how many examples are scored for each one of the batch; 3 is the default.",
+            "It says how many examples are scored for each one of the batch; 'auto' is the default.",
         )
         if self.tau_threshold is not None:
             self.tau_threshold = _number_or_auto(

@@ -7,7 +7,7 @@ import torch
 import toys
 from transformers import BertConfig, BertModel, Trainer
 
-from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance import ImportanceArguments, ImportanceTrainer, ImportanceTrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,21 @@ def test_a_loss_function_that_does_not_split_is_refused(tmp_path, digits):
             digits.select(range(64)),
             compute_loss_func=pairwise,
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("auto", "constant_variance", None)),
+        ({"importance_method": "auto"}, ("auto", "constant_variance", None)),
+        # The paper's recipe.
+        ({"presample_ratio": 3.0, "resampling": "multinomial"}, (3.0, "variance", 2.0)),
+        ({"presample_ratio": 3.0, "tau_threshold": "auto"}, (3.0, "variance", None)),
+        ({"learning_rate_scaling": "sqrt"}, ("auto", "variance", None)),
+        ({"importance_method": "history"}, ("auto", "variance", None)),
+        ({"importance_budget": "constant_time"}, ("auto", "constant_time", None)),
+    ],
+)
+def test_what_is_left_out_follows_from_what_is_given(given, expected):
+    found = ImportanceArguments(**given)
+    assert (found.presample_ratio, found.importance_budget, found.threshold) == expected

@@ -14,7 +14,10 @@ from transformers import BertConfig, BertForTokenClassification, BertTokenizerFa
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Three steps, on from the second.
-SHORT = "--max_steps 3 --per_device_train_batch_size 8 --tau_threshold 1.0000001 --tau_momentum 0 --disable_tqdm true"
+SHORT = (
+    "--max_steps 3 --per_device_train_batch_size 8 --presample_ratio 3 --tau_threshold 1.0000001 --tau_momentum 0 "
+    "--disable_tqdm true"
+)
 # Folders of data and models to try the scripts on, with the names that the model cards use.
 REAL = os.environ.get("HF_IMPORTANCE_DATA")
 REAL_TASKS = {

@@ -108,5 +108,6 @@ def test_plain_training_arguments_get_the_defaults(tmp_path, digits):
         dataloader_pin_memory=False, per_device_train_batch_size=16,
     )  # fmt: skip
     trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(100)))
-    assert trainer.importance_args.presample_ratio == 3.0
+    given = trainer.importance_args
+    assert (given.presample_ratio, given.importance_budget, given.threshold) == ("auto", "constant_variance", None)
     assert trainer.state.global_step == 2

@@ -277,7 +277,7 @@ class TestSFT:
     @pytest.mark.parametrize(("sampling", "passes"), [(False, 1), (True, 2)])
     def test_forward_passes_of_a_uniform_step(self, tmp_path, sampling, passes):
         # Its fused head gives no logits, so that scores cost a forward pass more; without scores there is none.
-        trainer, calls = sft(tmp_path, importance_sampling=sampling, max_steps=1), []
+        trainer, calls = sft(tmp_path, importance_sampling=sampling, max_steps=1, presample_ratio=3.0), []
         trainer.model.model.register_forward_hook(lambda *_: calls.append(1))
         trainer.train()
         assert len(calls) == passes

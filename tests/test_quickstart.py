@@ -22,7 +22,7 @@ from transformers import (
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-SHORT = ["--max_steps", "12", "--tau_threshold", "1.0001", "--tau_momentum", "0"]
+SHORT = ["--max_steps", "12", "--presample_ratio", "3", "--tau_threshold", "1.0001", "--tau_momentum", "0"]
 # "name  training loss  test error  steps  seconds  examples backpropagated  examples scored"
 ROW = re.compile(r"^(\w[\w, ]*?) +([\d.]+) +([\d.]+)% +(\d+) +([\d.]+) +([\d,]+) +([\d,]+)$", re.MULTILINE)
 
@@ -118,7 +118,7 @@ def test_a_model_without_a_dataset_is_refused_and_the_reverse(given):
 
 
 @pytest.mark.slow
-def test_the_default_takes_less_than_two_minutes_and_tau_passes_the_threshold(tmp_path):
+def test_the_default_takes_less_than_two_minutes_and_goes_on(tmp_path):
     started = time.perf_counter()
     output, table, stderr = quickstart(tmp_path / "here")
     assert time.perf_counter() - started < 120

@@ -146,3 +146,12 @@ def test_pools_drawn_by_the_plan_have_the_noise_of_a_uniform_step():
     predicted = relative_variance(planned.pool, planned.kept, size, factor)
     assert predicted <= 1 + 1e-9
     assert noise(drawn) / noise(uniform) == pytest.approx(predicted, abs=0.2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=64), st.floats(0.01, 0.9))
+def test_the_price_without_replacement_lies_between_its_bounds(scores, kappa):
+    tau = reference.tau(scores)
+    price = best_share(measured(scores), kappa)[1]
+    assert kappa + tau**-2 <= price * (1 + 1e-2)
+    assert price <= min(best_share(WithReplacement(tau), kappa)[1], 1 + kappa) * (1 + 1e-2)

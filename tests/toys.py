@@ -128,7 +128,11 @@ def arguments(tmp_path, **overrides) -> ImportanceTrainingArguments:
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "learning_rate": 1e-2,
+        # The paper's recipe: simple numbers, and on whatever the machine's speed.
+        "presample_ratio": 3.0,
     }
+    if overrides.get("importance_method", "presample") != "presample":
+        settings["presample_ratio"] = "auto"
     return ImportanceTrainingArguments(**{**settings, **overrides})
 
 

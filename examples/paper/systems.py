@@ -42,7 +42,7 @@ SYSTEMS = {
     "loss": System(f"{OURS}, section 4", figures.ORANGE, {**PAPER, "importance_score": "loss"}),
     "upper_bound": System(f"{OURS}, the paper's method", figures.BLUE, PAPER),
     "upper_bound_systematic": System(
-        "this package's default: without replacement", figures.BLUE, {"resampling": "systematic"}, line="--"
+        "the same, drawn without replacement", figures.BLUE, {"resampling": "systematic"}, line="--"
     ),
     "cost_rule": System(
         "this package: pool and threshold follow what scoring costs here (docs/costs.md)", figures.RED,
