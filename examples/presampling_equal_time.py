@@ -43,7 +43,6 @@ ROWS = {
     "margin 1.5": {**CHEAPER, "variance_margin": 1.5},
     "fp32 scores": {**CHEAPER, "scoring_dtype": "fp32"},
     "multinomial": {**CHEAPER, "resampling": "multinomial"},
-    "frozen": {**CHEAPER, "batch_norm": "frozen"},
 }
 
 
@@ -56,6 +55,8 @@ class Arguments:
     models: str = field(default=os.environ.get("HF_IMPORTANCE_MODELS", "models"), metadata={"help": "Of the models."})
     compare: str = field(default="time", metadata={"help": "At equal 'time', or at equal 'steps'."})
     epochs: float | None = field(default=None, metadata={"help": "Of the plain Trainer. By default the task's."})
+    batch_norm: str = field(default="untouched", metadata={"help": "Of all rows."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Of all rows. By default the task's."})
     seeds: int = field(default=3, metadata={"help": "Runs of each row."})
     first_seed: int = field(default=0, metadata={"help": "The seed of the first."})
     rows: list[str] = field(default_factory=lambda: list(ROWS)[:6], metadata={"help": f"Of {list(ROWS)}."})
@@ -102,9 +103,11 @@ def run(name: str, arguments: Arguments, task: Task, seed: int, steps: int, seco
     """Train one row once, and give its figures."""
     transformers.set_seed(seed)
     timed = seconds is not None
+    own = {} if arguments.learning_rate is None else {"learning_rate": arguments.learning_rate}
     given = ImportanceTrainingArguments(
         output_dir=tempfile.mkdtemp(),
-        **{name: value for name, value in task.arguments.items() if name != "num_train_epochs"},
+        **{name: value for name, value in task.arguments.items() if name != "num_train_epochs"} | own,
+        batch_norm=arguments.batch_norm,
         per_device_eval_batch_size=128,
         max_steps=50 * steps if timed else steps,
         lr_scheduler_type="constant" if timed else "linear",
