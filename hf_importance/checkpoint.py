@@ -91,6 +91,8 @@ STATE: dict[str, Schema] = {
     "totals": {field.name: COUNT for field in fields(Totals)},
     "reserve_position": COUNT,
     "kappa": optional(number(0.001, 0.99)),
+    "training_seconds": optional(number(0, 1e6)),
+    "overhead": optional(number(0, 0.99)),
     "stream": {"passes": COUNT, "drawn": COUNT},
     "loss_over_step": optional(FLAG),
     "history": Nullable(HISTORY),

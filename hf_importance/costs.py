@@ -14,6 +14,9 @@ budget               what is promised               with the best share f
 ``variance``         n = b                          B = b / f
 ==================== ============================== ==========================================
 
+Where the share α of a step's time does not shrink with its examples (:mod:`.kappa`), the step costs
+:math:`\alpha + (\kappa B + (1 - \alpha) n) / b` uniform ones, and :math:`\kappa / (1 - \alpha)` stands for κ above.
+
 Importance sampling pays where the smallest :math:`\Phi(f)(\kappa + f)` is below 1. Drawn with replacement
 :math:`\Phi(f) = 1 + 1/(\tau^2 f)`, and that is where :math:`\sqrt\kappa + 1/\tau < 1`. Left out: the scores are an
 upper bound's.
@@ -48,7 +51,7 @@ class Plan:
     Attributes:
         pool: ``B``, at least the batch.
         kept: ``n``, in ``[1, b]``.
-        cost: Predicted, relative to a uniform step: ``(kappa * B + n) / b``.
+        cost: Predicted, relative to a uniform step: ``(kappa * B + n) / b``, and more where there is an overhead.
     """
 
     pool: int
@@ -86,9 +89,15 @@ def relative_variance(pool: float, kept: float, batch_size: int, factor: Varianc
     return batch_size / pool * float(factor(kept / pool))
 
 
-def price(planned: Plan, batch_size: int, factor: VarianceFactor) -> float:
-    """Cost times variance of a step over that of a uniform step: what the same noise costs, below 1 where it pays."""
-    return planned.cost * relative_variance(planned.pool, planned.kept, batch_size, factor)
+def price(planned: Plan, batch_size: int, factor: VarianceFactor, budget: Budget) -> float:
+    """Cost times variance of a step over that of a uniform step: what the same noise costs, below 1 where it pays.
+
+    Less noise than ``"constant_variance"`` promises, and less time than ``"constant_time"`` does, are no gain.
+    """
+    cost, variance = planned.cost, relative_variance(planned.pool, planned.kept, batch_size, factor)
+    if budget == "constant_variance":
+        return cost * max(variance, 1.0)
+    return max(cost, 1.0) * variance if budget == "constant_time" else cost * variance
 
 
 def plan(
@@ -98,6 +107,7 @@ def plan(
     kappa: float,
     ratio: float | None = None,
     margin: float = 1.0,
+    overhead: float = 0.0,
     unit: int = 1,
     largest: int | None = None,
     smallest: int = 1,
@@ -112,6 +122,7 @@ def plan(
         kappa: Cost of scoring an example over that of training one, ``> 0``.
         ratio: ``B / b``, if it is given; None: the best one.
         margin: For ``"constant_variance"``: how many times the examples are kept that the estimate asks for, ``>= 1``.
+        overhead: α, share of a uniform step's time that does not shrink with its examples, in ``[0, 1)``.
         unit: With the best ratio: ``B`` is ``b`` and a multiple of this many more.
         largest: With the best ratio: ``B`` is at most this.
         smallest: ``n`` is at least this.
@@ -125,10 +136,12 @@ def plan(
     >>> plan("variance", batch_size=32, factor=WithReplacement(tau=4.0), kappa=1 / 3, ratio=3.0)
     Plan(pool=96, kept=32, cost=2.0)
     """
+    # What scoring costs over what an example more or less costs.
+    relative = kappa / (1 - overhead)
     if ratio is not None:
         pool = math.ceil(batch_size * ratio)
     else:
-        units = max(round((_best_pool(budget, batch_size, factor, kappa) - batch_size) / unit), 1)
+        units = max(round((_best_pool(budget, batch_size, factor, relative) - batch_size) / unit), 1)
         pool = batch_size + units * unit
         bound = min(LARGEST_RATIO * batch_size, largest or math.inf)
         if pool > bound:
@@ -138,11 +151,11 @@ def plan(
     elif budget == "constant_variance":
         kept = margin * pool * _share_for(factor, pool / batch_size)
     else:
-        kept = batch_size - kappa * pool
+        kept = batch_size - relative * pool
     # A share of an example is kept as a whole one where variance is promised, and not where time is.
     whole = math.floor(kept + 1e-9) if budget == "constant_time" else math.ceil(kept - 1e-9)
     whole = min(max(whole, smallest, 1), batch_size)
-    return Plan(pool, whole, (kappa * pool + whole) / batch_size)
+    return Plan(pool, whole, overhead + (kappa * pool + (1 - overhead) * whole) / batch_size)
 
 
 def _best_pool(budget: Budget, batch_size: int, factor: VarianceFactor, kappa: float) -> float:

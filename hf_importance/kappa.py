@@ -6,6 +6,11 @@ Each part is timed for a few batches and its median taken, so that one slow batc
 the times are those between events on its stream: they cost no wait, and hold what the device spent idle for data or
 for the host, and nothing of what ran while it was busy. They are read once, when there are enough of them. From then
 on κ stays as it is: it goes into the checkpoint, and a resumed run decides the same.
+
+A smaller batch does not train in proportion: launching kernels, clipping and the like take what they take. Once a few
+small ones were trained on, that share of a whole batch's time, the overhead α, is known in the same way::
+
+    time of n examples = time of b examples * (alpha + (1 - alpha) * n / b)
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ import torch
 
 from hf_importance.costs import ASSUMED_KAPPA
 
-Part = Literal["wait", "score", "train"]
+Part = Literal["wait", "score", "train", "few"]
+KAPPA_PARTS: tuple[Part, ...] = ("wait", "score", "train")
 
 WARM_UP = 1  # batches of each part that are not counted: allocation, choice of kernels, compilation
 SAMPLES = 5  # the most recent batches of each part, which are
@@ -34,18 +40,24 @@ class KappaMeter:
     Attributes:
         kappa: κ, in ``[0.001, 0.99]``: the paper's 1/3 until it is measured.
         measured: Whether it is.
+        training: Seconds that training on an example of a whole batch took, data included; None where unknown.
+        overhead: α, in ``[0, 0.99]``; None until it is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kappa = ASSUMED_KAPPA
         self.measured = False
+        self.training: float | None = None
+        self.overhead: float | None = None
         self._times: dict[Part, deque] = {part: deque(maxlen=WARM_UP + SAMPLES) for part in get_args(Part)}
 
-    def mark(self) -> float | torch.Event | None:
-        """Give a point in time to measure from; None once κ is measured."""
-        if self.measured:
-            return None
+    def mark(self, few: bool = False) -> float | torch.Event | None:
+        """Give a point in time to measure from, of training on ``few`` examples or else; None where nothing lacks."""
+        unknown = self.overhead is None and self.training is not None if few else not self.measured
+        return self._now() if unknown else None
+
+    def _now(self) -> float | torch.Event:
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.Event(device=self.device, enable_timing=True)
@@ -54,8 +66,8 @@ class KappaMeter:
 
     def add(self, part: Part, start: float | torch.Event | None, examples: int) -> None:
         """Count what passed since ``start`` as the time of ``examples`` examples; nothing where that is None."""
-        if start is not None and not self.measured and examples:
-            self._times[part].append((start, self.mark(), examples))
+        if start is not None and examples:
+            self._times[part].append((start, self._now(), examples))
 
     def lacks(self, part: Part) -> bool:
         """Say whether more batches of a part are wanted."""
@@ -64,7 +76,12 @@ class KappaMeter:
     @property
     def ready(self) -> bool:
         """Whether enough is timed; the same on all ranks, which time the same batches."""
-        return not self.measured and not any(self.lacks(part) for part in self._times)
+        return not self.measured and not any(self.lacks(part) for part in KAPPA_PARTS)
+
+    @property
+    def few_ready(self) -> bool:
+        """Whether enough small batches are timed."""
+        return self.overhead is None and len(self._times["few"]) == WARM_UP + SAMPLES
 
     def read(self) -> list[float]:
         """Give the seconds that presampling one example takes here, and those that training on one takes.
@@ -72,18 +89,32 @@ class KappaMeter:
         It waits for the last of the timed batches, once.
         """
         medians = {}
-        for part, spans in self._times.items():
-            medians[part] = statistics.median(_seconds(*span[:2]) / span[2] for span in list(spans)[-SAMPLES:])
+        for part in KAPPA_PARTS:
+            spans = list(self._times[part])[-SAMPLES:]
+            medians[part] = statistics.median(_seconds(*span[:2]) / span[2] for span in spans)
         return [medians["wait"] + medians["score"], medians["wait"] + medians["train"]]
+
+    def read_overhead(self, batch_size: int) -> float:
+        """Give α as it was here, for batches of which the small ones are a part; it waits as :meth:`read` does."""
+        whole = batch_size * (self.training or 0.0)
+        spans = list(self._times["few"])[-SAMPLES:]
+        shares = [examples / batch_size for _, _, examples in spans]
+        took = [_seconds(start, end) / whole for start, end, _ in spans]
+        return statistics.median((time - share) / (1 - share) for time, share in zip(took, shares, strict=True))
 
     def settle(self, presampling: float, training: float) -> None:
         """Take these times, over all ranks, as measured."""
-        self.load(min(max(presampling / training, 0.001), 0.99))
+        self.load(min(max(presampling / training, 0.001), 0.99), training)
 
-    def load(self, kappa: float | None) -> None:
+    def settle_overhead(self, overhead: float) -> None:
+        """Take this α, over all ranks, as measured."""
+        self.overhead = min(max(overhead, 0.0), 0.99)
+        self._times["few"].clear()
+
+    def load(self, kappa: float | None, training: float | None = None, overhead: float | None = None) -> None:
         """Take up what a checkpoint holds, None where it was not measured yet."""
         if kappa is not None:
-            self.kappa, self.measured = kappa, True
+            self.kappa, self.measured, self.training, self.overhead = kappa, True, training, overhead
             for spans in self._times.values():
                 spans.clear()
 

@@ -21,11 +21,13 @@ from hf_importance.weighted_loss import WeightedLossMixin
 
 logger = logging.getLogger(__name__)
 
+# Of a batch's examples, to measure by what a step costs that does not shrink with them.
+FEW = 0.75
 # Presampling goes off again where it costs 2 % more than uniform steps, so that noise does not make it flap.
 TOLERATED_PRICE = 1.02
-# A model with BatchNorm keeps a quarter of the batch at least. MobileNetV2 with 2 of 32 ended at a training loss forty
-# times plain training's: docs/batch_norm.md.
-BATCH_NORM_DIVISOR = 4
+# Examples that a model with BatchNorm keeps at least, where the batch has as many: below, its moments are too noisy.
+# For ResNet-50 see Wu and He, 2018, https://arxiv.org/abs/1803.08494, table 2; for MobileNetV2 docs/batch_norm.md.
+FEWEST_FOR_BATCH_NORM = 16
 # The fewest scores that say something about how few of them matter.
 FEWEST_SCORES = 16
 
@@ -40,6 +42,8 @@ class PlanningMixin(WeightedLossMixin):
     _warned_time = False
     # When the step in progress asked for its data.
     _step_mark: Any = None
+    # Whether the step in progress trains on so few examples that its time says what does not shrink with them.
+    _few = False
 
     def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
         raise NotImplementedError
@@ -72,6 +76,7 @@ class PlanningMixin(WeightedLossMixin):
             self._meter.kappa,
             settings.ratio,
             settings.variance_margin,
+            self._meter.overhead or 0.0,
             unit=size if streaming else reserve_unit(size),
             largest=None if streaming else len(data),
             smallest=self._fewest_kept,
@@ -94,7 +99,7 @@ class PlanningMixin(WeightedLossMixin):
     def _fewest_kept(self) -> int:
         """Examples that are kept at least: what BatchNorm normalises by must not come from a handful of hard ones."""
         by_batch = self._batch_norm and self.importance_args.batch_norm not in ("running", "frozen")
-        return max(self._train_batch_size // BATCH_NORM_DIVISOR, 2) if by_batch else 1
+        return FEWEST_FOR_BATCH_NORM if by_batch else 1
 
     @property
     def _variance_factor(self) -> VarianceFactor:
@@ -116,7 +121,8 @@ class PlanningMixin(WeightedLossMixin):
 
     def _presampling_price(self) -> float:
         """Give what the noise of a uniform step costs by presampling, relative to it."""
-        return price(self._plan(), self._train_batch_size, self._variance_factor)
+        budget = self.importance_args.importance_budget
+        return price(self._plan(), self._train_batch_size, self._variance_factor, budget)
 
     def _presampling_pays(self) -> bool:
         """Say whether, between presampling and uniform steps, the next ones should presample."""
@@ -132,11 +138,11 @@ class PlanningMixin(WeightedLossMixin):
             return []
         return sum((inverse_moments(scores, weights) for scores in pools), np.zeros(len(SHARES))).tolist()
 
-    def _mark(self) -> Any:
-        """Give a point in time where κ is still to be measured and steps tell something about it."""
+    def _mark(self, few: bool = False) -> Any:
+        """Give a point in time where κ, or α with ``few``, is still to be measured and steps tell of it."""
         presampling = self._sampling and self.importance_args.importance_method in PRESAMPLING
         wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
-        return self._meter.mark() if wanted else None
+        return self._meter.mark(few) if wanted else None
 
     def _probe(self, batches: list, started: Any) -> None:
         """While off, time the scoring of a few micro-batches where a decision waits for κ."""
@@ -151,17 +157,22 @@ class PlanningMixin(WeightedLossMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch as ``Trainer`` does, and time the first few of them."""
-        mark = self._mark()
+        mark = self._mark(self._few)
         examples = 0 if mark is None else batch_size_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if mark is not None:
-            self._meter.add("train", mark, examples)
+            self._meter.add("few" if self._few else "train", mark, examples)
         return loss
 
     def _learn_kappa(self) -> None:
         """Take κ as measured once enough was timed, the same on all ranks: one collective in a run."""
+        if self._meter.few_ready:
+            found = self._meter.read_overhead(self._train_batch_size)
+            total, ranks = self._sum_over_ranks([found, 1.0])
+            self._meter.settle_overhead(total / ranks)
+            logger.info("Of a step's time %.3f does not shrink with its examples.", self._meter.overhead)
         if not self._meter.ready:
             return
-        presampling, training = self._sum_over_ranks(self._meter.read())
-        self._meter.settle(presampling, training)
+        presampling, training, ranks = self._sum_over_ranks([*self._meter.read(), 1.0])
+        self._meter.settle(presampling / ranks, training / ranks)
         logger.info("Scoring an example takes %.3f of training on one.", self._meter.kappa)

@@ -26,7 +26,7 @@ from hf_importance.batches import (
 from hf_importance.checks import NO_ITEMS
 from hf_importance.costs import relative_variance
 from hf_importance.learning_rate import learning_rate_factor
-from hf_importance.planning import PlanningMixin
+from hf_importance.planning import FEW, PlanningMixin
 from hf_importance.presampling import draw, keep_own, score_pool
 from hf_importance.visits import without_index
 
@@ -91,6 +91,7 @@ class PoolingMixin(PlanningMixin):
         started = time.perf_counter()
         planned = self._plan()
         share = planned.kept / self._train_batch_size
+        self._few = share <= FEW
         pools, indices = self._gather_pools(batches, epoch_iterator, planned.pool)
         examples = sum(len(pool) for pool in pools)
         self._meter.add("wait", self._step_mark, examples)

@@ -78,7 +78,7 @@ class ResumingMixin(RevisitingMixin):
             self._report.totals = Totals(**saved["totals"])
             self._report.steps_on = saved["steps_on"]
             self._loss_scale.over_step = saved["loss_over_step"]
-            self._meter.load(saved["kappa"])
+            self._meter.load(saved["kappa"], saved["training_seconds"], saved["overhead"])
             current = self._settings()
             methods = {saved["settings"]["importance_method"], current["importance_method"]}
             # Losses are no scores: a baseline's table is of no use to another method, nor another's to it.
@@ -149,6 +149,8 @@ class ResumingMixin(RevisitingMixin):
             "steps_on": self._report.steps_on,
             "reserve_position": self._reserve_start if self._reserve is None else self._reserve.position,
             "kappa": self._meter.kappa if self._meter.measured else None,
+            "training_seconds": self._meter.training,
+            "overhead": self._meter.overhead,
             "stream": stream,
             "loss_over_step": self._loss_scale.over_step,
             "history": None if self._remembering is None else self._remembering.history.state_dict(),

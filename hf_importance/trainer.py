@@ -112,6 +112,7 @@ class ImportanceMixin(ResumingMixin):
         """
         self._step_items = None
         self._learning_rate_factor = 1.0
+        self._few = False
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
@@ -316,6 +317,8 @@ class ImportanceMixin(ResumingMixin):
             entries["tau_threshold"] = self._switch.threshold
         if method in PRESAMPLING:
             entries["kappa"] = self._meter.kappa
+            if self._meter.overhead is not None:
+                entries["overhead"] = self._meter.overhead
             if self.importance_args.goes_by_price:
                 entries["price_presample"] = self._presampling_price()
         if method == "auto":

@@ -79,14 +79,17 @@ def test_the_price_of_the_best_plan_is_that_of_the_rule(kappa, tau):
     for budget in ("variance", "constant_variance", "constant_time"):
         planned = plan(budget, 4096, WithReplacement(tau), kappa)
         bounded = planned.pool >= 16 * 4096
-        found = price(planned, 4096, WithReplacement(tau))
+        found = price(planned, 4096, WithReplacement(tau), budget)
         assert found == pytest.approx((math.sqrt(kappa) + 1 / tau) ** 2, rel=2e-3) or bounded
 
 
 def test_the_price_of_a_given_plan_counts_cost_and_noise():
     # 96 scored at 1/3 and 32 kept cost 2; the noise is 1/3 of the pool's own and 1/4 of the draw's.
     planned = Plan(pool=96, kept=32, cost=2.0)
-    assert price(planned, 32, WithReplacement(2.0)) == pytest.approx(2 * (1 / 3 + 1 / 4))
+    assert price(planned, 32, WithReplacement(2.0), "variance") == pytest.approx(2 * (1 / 3 + 1 / 4))
+    # What nobody asked for is no gain: less noise here, less time there.
+    assert price(planned, 32, WithReplacement(2.0), "constant_variance") == 2.0
+    assert price(Plan(pool=96, kept=8, cost=0.5), 32, WithReplacement(2.0), "constant_time") == pytest.approx(4 / 3)
     assert relative_variance(96, 32, 32, WithReplacement(2.0)) == pytest.approx(1 / 3 + 1 / 4)
 
 

@@ -93,6 +93,26 @@ def test_the_same_scores_are_drawn_more_cheaply_without_replacement():
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("overhead", [0.0, 0.3, 0.6])
+def test_an_overhead_is_counted_and_no_pair_of_integers_is_much_better(budget, overhead):
+    size, kappa, factor = 32, 0.1, WithReplacement(4.0)
+    found = plan(budget, size, factor, kappa, overhead=overhead)
+    values = {}
+    for pool in range(size + 1, LARGEST_RATIO * size):
+        for kept in range(1, size + 1):
+            cost = overhead + (kappa * pool + (1 - overhead) * kept) / size
+            variance = relative_variance(pool, kept, size, factor)
+            kind = {"variance": (kept == size, cost * variance), "constant_variance": (variance <= 1 + 1e-9, cost)}
+            allowed, result = kind.get(budget, (cost <= 1 + 1e-9, variance))
+            if allowed:
+                values[pool, kept] = result
+            if (pool, kept) == (found.pool, found.kept):
+                assert found.cost == pytest.approx(cost)
+    best, ours = min(values.values()), values[found.pool, found.kept]
+    assert best - 1e-9 <= ours <= best * 1.03 + 1 / size
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_a_fixed_ratio_is_kept(budget):
     found = plan(budget, 32, WithReplacement(3.0), kappa=0.1, ratio=2.3)
     assert found.pool == 74

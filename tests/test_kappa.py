@@ -28,20 +28,24 @@ class SlowBackward(torch.autograd.Function):
 
 
 class Slow(torch.nn.Module):
-    """A classifier whose forward and backward pass take known times."""
+    """A classifier whose forward and backward pass take known times for 16 examples, and of fewer this share at least.
+
+    The rest shrinks in proportion.
+    """
 
     loss_type = "ForSequenceClassification"
 
-    def __init__(self, forward, backward):
+    def __init__(self, forward, backward, overhead=0.0):
         super().__init__()
         self.layer = torch.nn.Linear(64, 10)
-        self.seconds = forward, backward
+        self.seconds, self.overhead = (forward, backward), overhead
 
     def forward(self, pixel_values, labels=None):
-        time.sleep(self.seconds[0])
+        share = self.overhead + (1 - self.overhead) * len(pixel_values) / 16
+        time.sleep(self.seconds[0] * share)
         logits = self.layer(pixel_values.flatten(1))
         if torch.is_grad_enabled():
-            logits = SlowBackward.apply(logits, self.seconds[1])
+            logits = SlowBackward.apply(logits, self.seconds[1] * share)
         loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
         return {"loss": loss, "logits": logits}
 
@@ -107,6 +111,28 @@ def test_it_is_measured_while_on_where_nothing_waits_for_it(tmp_path, digits):
     assert trainer._meter.mark() is None
 
 
+@pytest.mark.parametrize(("overhead", "stays"), [(0.0, True), (0.4, True), (1.0, False)])
+def test_what_does_not_shrink_with_the_batch_is_measured(tmp_path, digits, overhead, stays):
+    # Scoring 20 of 16 a batch costs 0.2 of a step, keeping few nothing but the overhead.
+    args = auto(tmp_path, importance_budget="constant_variance", max_steps=4 * PROBES)
+    data = SlowData(digits.select(range(128)), 0.0)
+    trainer = toys.run(ImportanceTrainer, Slow(0.02, 0.1, overhead), args, data, compute_score_func=skewed)
+    assert trainer._meter.overhead == pytest.approx(overhead, abs=0.2)
+    log = [e for e in trainer.state.log_history if "loss" in e]
+    assert log[-1]["importance/overhead"] == trainer._meter.overhead
+    assert max(e["importance/active"] for e in log) == 1
+    assert bool(log[-1]["importance/active"]) == stays
+    assert trainer._meter.mark(few=True) is None
+
+
+def test_it_is_not_measured_where_training_was_not(tmp_path, digits):
+    meter = KappaMeter(torch.device("cpu"))
+    meter.load(0.2)
+    assert meter.mark(few=True) is None
+    meter.load(0.2, training=0.01)
+    assert meter.mark(few=True) is not None
+
+
 def test_one_slow_batch_does_not_count():
     meter = KappaMeter(torch.device("cpu"))
     for batch in range(PROBES):
@@ -167,8 +193,8 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
             tau_threshold="auto",
             tau_momentum=0.8,
             save_strategy="steps",
-            save_steps=10,
-            max_steps=18,
+            save_steps=20,
+            max_steps=28,
             logging_steps=1,
         )
         torch.manual_seed(0)
@@ -178,17 +204,18 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
         # Uneven from step 4 on, so that the pool's size changes before and after the checkpoint, and flat at the end.
         def score(outputs, labels):
             step = trainer.state.global_step
-            return skewed(outputs, labels) if 4 <= step < 15 else torch.ones(len(labels))
+            return skewed(outputs, labels) if 4 <= step < 24 else torch.ones(len(labels))
 
         trainer.compute_score_func = score
         return trainer
 
     whole = scored(build(tmp_path / "whole"))
     whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    checkpoint = tmp_path / "whole" / "checkpoint-20"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
     assert saved["kappa"] == whole._meter.kappa != ASSUMED_KAPPA
+    assert saved["overhead"] == whole._meter.overhead is not None
     resumed = scored(build(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for one, other in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
@@ -201,4 +228,4 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     assert histories[0] == histories[1]
     active = [entry[3] for entry in histories[0]]
     assert 0.0 in active
-    assert 1.0 in active[10:]
+    assert 1.0 in active[20:]

@@ -33,6 +33,8 @@ VALID = {
     },
     "reserve_position": 8,
     "kappa": 0.2,
+    "training_seconds": 0.01,
+    "overhead": None,
     "stream": {"passes": 0, "drawn": 0},
     "loss_over_step": None,
     "history": {
