@@ -1,9 +1,9 @@
-r"""Every method against plain training on real tasks: equal steps, several seeds, test set looked at once.
+r"""Remembered scores against plain training on real tasks: equal steps, several seeds, test set looked at once.
 
 Every seed trains the same model once a side, in one process, which side first taking turns: plainly; by history with
 ``importance_budget="variance"`` (as many examples as plain training: equal compute, less noise) and with
-``"constant_variance"`` (equal steps, fewer examples); and, with that budget too, by pools scored in bf16 whose size
-follows the measured costs, and by ``"auto"``. Everything else is equal::
+``"constant_variance"`` (equal steps, fewer examples). Everything else is equal. Pools and ``"auto"`` on the same tasks
+are in ``presampling_equal_time.py``::
 
     python examples/remembered_scores.py --data path/to/data --models path/to/models --tasks fashion --seeds 0 1 2
     python examples/remembered_scores.py --report runs/remembered_scores.csv
@@ -41,28 +41,21 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting import relative_compute
 
-FRESH = {"importance_budget": "constant_variance", "scoring_dtype": "bf16"}
 SIDES = {
     "plain": {"importance_sampling": False},
     "variance": {"importance_method": "history"},
     "constant_variance": {"importance_method": "history", "importance_budget": "constant_variance"},
-    "presample": {"presample_ratio": "auto", **FRESH},
-    "auto": {"importance_method": "auto", **FRESH},
 }
 LABELS = {
     "plain": "plain",
     "variance": "history, equal compute",
     "constant_variance": "history, equal noise",
-    "presample": "presample, equal noise",
-    "auto": "auto, equal noise",
 }
 # Okabe-Ito: told apart by colour-blind readers too.
 COLORS = {
     "plain": "#0072B2",
     "variance": "#009E73",
     "constant_variance": "#D55E00",
-    "presample": "#CC79A7",
-    "auto": "#E69F00",
 }
 
 
@@ -322,7 +315,7 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
     for axes, name in zip(picture.subplots(1, len(shown)), shown, strict=True):
         for place, task in enumerate(tasks):
             plain = np.mean([r[name] for r in rows if r["task"] == task and r["side"] == "plain"])
-            for offset, side in zip((-0.3, -0.15, 0, 0.15, 0.3), SIDES, strict=True):
+            for offset, side in zip((-0.2, 0, 0.2), SIDES, strict=True):
                 values = [r[name] / plain for r in rows if r["task"] == task and r["side"] == side]
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
         axes.axvline(1, color="0.6", linewidth=1, zorder=0)

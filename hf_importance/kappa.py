@@ -7,14 +7,16 @@ the times are those between events on its stream: they cost no wait, and hold wh
 for the host, and nothing of what ran while it was busy. They are read once, when there are enough of them. From then
 on κ stays as it is: it goes into the checkpoint, and a resumed run decides the same.
 
-A smaller batch does not train in proportion: launching kernels, clipping and the like take what they take. Once a few
-small ones were trained on, that share of a whole batch's time, the overhead α, is known in the same way::
+The first steps by importance are timed as well, for what a single batch could not show. Their pools say what scoring
+takes, drawing included, in place of the batches before them. And a smaller batch does not train in proportion:
+launching kernels, clipping and the like take what they take. That share of a whole batch's time is the overhead α::
 
     time of n examples = time of b examples * (alpha + (1 - alpha) * n / b)
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -24,7 +26,7 @@ import torch
 
 from hf_importance.costs import ASSUMED_KAPPA
 
-Part = Literal["wait", "score", "train", "few"]
+Part = Literal["wait", "score", "train", "pool", "few"]
 KAPPA_PARTS: tuple[Part, ...] = ("wait", "score", "train")
 
 WARM_UP = 1  # batches of each part that are not counted: allocation, choice of kernels, compilation
@@ -53,7 +55,7 @@ class KappaMeter:
         self._times: dict[Part, deque] = {part: deque(maxlen=WARM_UP + SAMPLES) for part in get_args(Part)}
 
     def mark(self, few: bool = False) -> float | torch.Event | None:
-        """Give a point in time to measure from, of training on ``few`` examples or else; None where nothing lacks."""
+        """Give a point in time to measure from, of a step on ``few`` examples or before; None where nothing lacks."""
         unknown = self.overhead is None and self.training is not None if few else not self.measured
         return self._now() if unknown else None
 
@@ -66,7 +68,8 @@ class KappaMeter:
 
     def add(self, part: Part, start: float | torch.Event | None, examples: int) -> None:
         """Count what passed since ``start`` as the time of ``examples`` examples; nothing where that is None."""
-        if start is not None and examples:
+        wanted = self.overhead is None if part in ("pool", "few") else not self.measured
+        if start is not None and wanted and examples:
             self._times[part].append((start, self._now(), examples))
 
     def lacks(self, part: Part) -> bool:
@@ -80,8 +83,9 @@ class KappaMeter:
 
     @property
     def few_ready(self) -> bool:
-        """Whether enough small batches are timed."""
-        return self.overhead is None and len(self._times["few"]) == WARM_UP + SAMPLES
+        """Whether enough steps on few examples are timed."""
+        parts: tuple[Part, ...] = ("pool", "few")
+        return self.overhead is None and all(len(self._times[part]) == WARM_UP + SAMPLES for part in parts)
 
     def read(self) -> list[float]:
         """Give the seconds that presampling one example takes here, and those that training on one takes.
@@ -94,22 +98,25 @@ class KappaMeter:
             medians[part] = statistics.median(_seconds(*span[:2]) / span[2] for span in spans)
         return [medians["wait"] + medians["score"], medians["wait"] + medians["train"]]
 
-    def read_overhead(self, batch_size: int) -> float:
-        """Give α as it was here, for batches of which the small ones are a part; it waits as :meth:`read` does."""
-        whole = batch_size * (self.training or 0.0)
+    def read_few(self, batch_size: int) -> list[float]:
+        """Give κ and α as they were here in steps on a part of ``batch_size``; it waits as :meth:`read` does."""
+        training = self.training or math.nan
+        whole = batch_size * training
+        pools = list(self._times["pool"])[-SAMPLES:]
+        kappa = statistics.median(_seconds(start, end) / examples for start, end, examples in pools) / training
         spans = list(self._times["few"])[-SAMPLES:]
         shares = [examples / batch_size for _, _, examples in spans]
         took = [_seconds(start, end) / whole for start, end, _ in spans]
-        return statistics.median((time - share) / (1 - share) for time, share in zip(took, shares, strict=True))
+        overhead = statistics.median((time - share) / (1 - share) for time, share in zip(took, shares, strict=True))
+        return [kappa, overhead]
 
     def settle(self, presampling: float, training: float) -> None:
         """Take these times, over all ranks, as measured."""
         self.load(min(max(presampling / training, 0.001), 0.99), training)
 
-    def settle_overhead(self, overhead: float) -> None:
-        """Take this α, over all ranks, as measured."""
-        self.overhead = min(max(overhead, 0.0), 0.99)
-        self._times["few"].clear()
+    def settle_few(self, kappa: float, overhead: float) -> None:
+        """Take this κ and α, over all ranks, as measured."""
+        self.load(min(max(kappa, 0.001), 0.99), self.training, min(max(overhead, 0.0), 0.99))
 
     def load(self, kappa: float | None, training: float | None = None, overhead: float | None = None) -> None:
         """Take up what a checkpoint holds, None where it was not measured yet."""

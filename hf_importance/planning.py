@@ -139,7 +139,7 @@ class PlanningMixin(WeightedLossMixin):
         return sum((inverse_moments(scores, weights) for scores in pools), np.zeros(len(SHARES))).tolist()
 
     def _mark(self, few: bool = False) -> Any:
-        """Give a point in time where κ, or α with ``few``, is still to be measured and steps tell of it."""
+        """Give a point in time where κ, or with ``few`` α, is still to be measured and steps tell of it."""
         presampling = self._sampling and self.importance_args.importance_method in PRESAMPLING
         wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
         return self._meter.mark(few) if wanted else None
@@ -167,10 +167,14 @@ class PlanningMixin(WeightedLossMixin):
     def _learn_kappa(self) -> None:
         """Take κ as measured once enough was timed, the same on all ranks: one collective in a run."""
         if self._meter.few_ready:
-            found = self._meter.read_overhead(self._train_batch_size)
-            total, ranks = self._sum_over_ranks([found, 1.0])
-            self._meter.settle_overhead(total / ranks)
-            logger.info("Of a step's time %.3f does not shrink with its examples.", self._meter.overhead)
+            kappa, overhead, ranks = self._sum_over_ranks([*self._meter.read_few(self._train_batch_size), 1.0])
+            self._meter.settle_few(kappa / ranks, overhead / ranks)
+            logger.info(
+                "In steps on few examples, scoring one takes %.3f of training on one, and %.3f of a step's time does "
+                "not shrink.",
+                self._meter.kappa,
+                self._meter.overhead,
+            )
         if not self._meter.ready:
             return
         presampling, training, ranks = self._sum_over_ranks([*self._meter.read(), 1.0])

@@ -135,6 +135,7 @@ class PoolingMixin(PlanningMixin):
             raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
         self._step_items = step_items
         self._meter.add("score", mark, examples)
+        self._meter.add("pool", self._step_mark if self._few else None, examples)
         self._report.scored(examples, time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
 

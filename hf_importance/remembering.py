@@ -60,6 +60,7 @@ class Remembering:
         self.settings, self.loader = settings, loader
         self.accumulation, self.rank, self.ranks, self.seed = accumulation, rank, ranks, seed
         self._gather = gather
+        self.fewest = 1  # examples of a micro-batch, at least
         self.history = History(len(loader.dataset), seed, settings.uniform_share)
         self.micro_batches = len(loader)
         self.updates = math.ceil(self.micro_batches / accumulation)
@@ -156,7 +157,8 @@ class Remembering:
         """Draw a pass with batches as large as the budget asks for."""
         fraction = 1.0
         if self.settings.importance_budget == "constant_variance":
-            fraction = min(max(self.settings.variance_margin / gain, SMALLEST_FRACTION, 1 / self.batch_size), 1.0)
+            smallest = max(SMALLEST_FRACTION, self.fewest / self.batch_size)
+            fraction = min(max(self.settings.variance_margin / gain, smallest), 1.0)
         left = max(self.updates - self._position, 1)
         # A pass over all examples would be uniform.
         passes = max(self.history.passes_for(fraction), 2 if fraction == 1 else 1)

@@ -70,6 +70,7 @@ class RevisitingMixin(RescoringMixin):
                 self._data_seed,
                 self._gather_rows,
             )
+            self._remembering.fewest = self._fewest_kept
             if self._resumed_history is not None:
                 tensors = load_tensors(self._resumed_folder, self.state.global_step)
                 self._remembering.resume(self._resumed_history, tensors, self._resumed_as_saved)

@@ -122,7 +122,7 @@ class ImportanceMixin(ResumingMixin):
             epoch_iterator = self._in_step(epoch_iterator, num_batches, given)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
-        self._step_mark = self._mark()
+        self._step_mark = self._mark() or self._mark(few=True)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._head is None or not batches:
             return batches, num_items
