@@ -157,11 +157,12 @@ class PlanningMixin(WeightedLossMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch as ``Trainer`` does, and time the first few of them."""
-        mark = self._mark(self._few)
+        few = self._few and self._meter.measured
+        mark = self._mark(few)
         examples = 0 if mark is None else batch_size_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if mark is not None:
-            self._meter.add("few" if self._few else "train", mark, examples)
+            self._meter.add("few" if few else "train", mark, examples)
         return loss
 
     def _learn_kappa(self) -> None:

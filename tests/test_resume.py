@@ -50,7 +50,7 @@ def check_resume(tmp_path, data, make_score=None, step=5, **overrides):
     resumed = build(tmp_path / "resumed", data, make_score, **overrides)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert_same_parameters(whole, resumed)
-    timed = ("time_share", "kappa", "_runtime", "_per_second")
+    timed = ("time_share", "kappa", "overhead", "_runtime", "_per_second")
     timeless = lambda e: {k: v for k, v in e.items() if not k.endswith(timed)}  # noqa: E731
     histories = [[timeless(e) for e in t.state.log_history if "train_loss" not in e] for t in (whole, resumed)]
     assert histories[0] == histories[1]

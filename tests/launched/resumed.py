@@ -32,7 +32,7 @@ def compare(folder, data, **overrides):
     resumed = build(folder / "resumed", data, **overrides)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
     models = [t.accelerator.unwrap_model(t.model_wrapped).state_dict() for t in (whole, resumed)]
-    timed = ("_share", "_runtime", "_per_second", "train_loss", "kappa", "_seconds")
+    timed = ("_share", "_runtime", "_per_second", "train_loss", "kappa", "overhead", "_seconds")
     histories = [
         [{k: v for k, v in e.items() if not k.endswith(timed)} for e in h]
         for h in (whole.state.log_history, resumed.state.log_history)
