@@ -113,6 +113,8 @@ class PoolingMixin(PlanningMixin):
         finite = self._average_tau(*summed[:3], moments)
         if finite:
             self._scale_learning_rate(gain)
+        else:
+            self._few = False  # all of the own batch is trained on
         drawn, weights = [], []
         for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:

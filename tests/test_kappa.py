@@ -229,3 +229,19 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     active = [entry[3] for entry in histories[0]]
     assert 0.0 in active
     assert 1.0 in active[20:]
+
+
+def test_a_step_whose_scores_are_not_finite_is_no_step_on_few(tmp_path):
+    args = toys.arguments(tmp_path, presample_ratio="auto", max_steps=30)
+    trainer = ImportanceTrainer(model=toys.bert(), args=args, train_dataset=toys.sentences(256))
+    begin = trainer._begin_importance
+    trainer._begin_importance = lambda: (begin(), trainer._meter.load(0.05, training=1.0))
+
+    def score(outputs, labels):
+        scores = skewed(outputs, labels)
+        return scores * float("nan") if trainer.state.global_step % 3 == 2 else scores
+
+    trainer.compute_score_func = score
+    trainer.train()
+    assert trainer.state.log_history[-2]["importance/nonfinite_steps"] > 5
+    assert trainer._meter.overhead == 0.0  # a second an example was never taken
