@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from remembered_scores import TASKS, Task, error
@@ -147,14 +148,14 @@ def table(runs: list[dict]) -> None:
     plain = {found["seed"]: found["seconds"] for found in runs if found["row"] == "plain"}
     names = [name for name in runs[0] if name not in ("row", "seed", *vars(Arguments("")))]
     print("\n| | seeds | " + " | ".join(names) + " | seconds / plain |\n|---|" + "--:|" * (len(names) + 2))
-    for row in dict.fromkeys(found["row"] for found in runs):
+    for row in sorted({found["row"] for found in runs}, key=list(ROWS).index):
         own = [found for found in runs if found["row"] == row]
         columns = [[found[name] for found in own] for name in names]
         columns.append([found["seconds"] / plain[found["seed"]] for found in own if found["seed"] in plain])
         cells = []
         for values in columns:
-            spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.3g} ± {spread:.2g}" if values else "")
+            spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            cells.append(f"{np.mean(values):.3g} ± {spread:.2g}" if values and not np.isnan(values).any() else "")
         print(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
 
 
