@@ -45,7 +45,7 @@ SYSTEMS = {
         "the same, drawn without replacement", figures.BLUE, {"resampling": "systematic"}, line="--"
     ),
     "cost_rule": System(
-        "this package: pool and threshold follow what scoring costs here (docs/costs.md)", figures.RED,
+        "this package: what is scored and kept follows what is measured (docs/costs.md)", figures.RED,
         {"resampling": "systematic", "presample_ratio": "auto", "tau_threshold": "auto"}, line="--",
     ),
     "upper_bound_biased": System(
