@@ -143,6 +143,9 @@ def test_low_precision_hardly_moves_the_distribution():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # torch's own
 def test_scoring_is_compiled_where_training_is(tmp_path):
     # 60 s: two compilations, one for training and one for scoring.
     data = toys.sentences(128)

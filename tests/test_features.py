@@ -286,7 +286,7 @@ def test_activation_checkpointing_with_gradient_norm_scores(tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )  # torch's own
-def test_torch_compile_scores_with_the_module_that_is_not_compiled(tmp_path):
+def test_torch_compile_trains_near_the_run_without_it(tmp_path):
     trainer = watch(toys.bert(), toys.always_on(tmp_path, torch_compile=True, max_steps=3), toys.sentences())
     from torch._dynamo.eval_frame import OptimizedModule
 
