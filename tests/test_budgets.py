@@ -179,3 +179,17 @@ def test_batch_norm_never_normalises_by_a_handful(tmp_path, digits, policy, fewe
     know(trainer, 0.01)
     trainer.train()
     assert min(trainer.kept) in (fewest, fewest + 1)  # the margin is rounded up
+
+
+def test_presampling_tolerates_two_percent_before_it_goes_off(tmp_path, digits):
+    args = toys.arguments(tmp_path, presample_ratio="auto", max_steps=2)
+    trainer = Sizes(model=toys.vit(), args=args, train_dataset=digits.select(range(128)))
+    know(trainer, 0.2)
+    trainer.train()
+    prices, found = iter([1.01, 0.99, 1.01, 1.03, 1.01]), []
+    trainer._presampling_price = lambda: next(prices)
+    trainer._switch.active = False
+    for _ in range(5):
+        trainer._switch.turn(trainer._presampling_pays())
+        found.append(trainer._switch.active)
+    assert found == [False, True, True, False, False]
