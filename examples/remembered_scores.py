@@ -172,7 +172,7 @@ def clothing(data: Path, models: Path) -> Task:
         for layer in found.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 0.1  # torch's own; transformers' has 0.997, statistics of the last batch alone
-        return found
+        return found.to(memory_format=torch.channels_last)  # 0.6 of the time on a CPU, for plain training too
 
     folder = data / "clothing10_128px"
     return Task(
@@ -185,9 +185,14 @@ def clothing(data: Path, models: Path) -> Task:
 
 def cifar(data: Path, models: Path) -> Task:
     """Fine-tune ResNet-20, trained on CIFAR-10, on 2,000 of its pictures re-encoded as JPEG."""
+
+    def model() -> nn.Module:
+        found = AutoModelForImageClassification.from_pretrained(models / "cifar_resnet20", trust_remote_code=True)
+        return found.to(memory_format=torch.channels_last)
+
     folder = data / "cifar10_jpeg_20k"
     return Task(
-        lambda: AutoModelForImageClassification.from_pretrained(models / "cifar_resnet20", trust_remote_code=True),
+        model,
         pictures(folder, "train", 2_000, 32, 0.47, 0.25),
         pictures(folder, "test", None, 32, 0.47, 0.25),
         {"per_device_train_batch_size": 64, "num_train_epochs": 5, "learning_rate": 0.01, "optim": "sgd",
