@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hf_importance.batches import key_to_seed
 from hf_importance.calibration import CHUNK, Calibration, calibrate
+from hf_importance.sampling import inclusion_probabilities
 
 TABLE = ("scores", "seen", "visits", "weight_sum")
 # Pairs that a calibration is estimated from, at most; 2 MB. More would not sharpen 32 bins.
@@ -36,29 +37,6 @@ PAIRS = 1 << 18
 PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 KEPT_GAIN = 0.97
 SMALLEST_FRACTION = 1 / 16  # of the uniform batch; below, a step's own noise estimate means little
-
-
-def bin_inclusion(relative: Tensor, counts: Tensor, size: int) -> Tensor:
-    r"""Inclusion probabilities ``min(1, c * relative)`` that sum to ``size`` over all examples, bin by bin.
-
-    Args:
-        relative: What an example of each bin is drawn in proportion to, positive, float64, shape ``(K,)``.
-        counts: Examples in each bin, int64, shape ``(K,)``.
-        size: Examples to be drawn, in ``[1, counts.sum()]``.
-
-    Returns:
-        Float64, in ``(0, 1]``, shape ``(K,)``, with ``(counts * result).sum() == size`` to rounding.
-    """
-    order = relative.argsort(descending=True)
-    mass, number = (relative * counts)[order], counts[order].double()
-    remaining = mass.flip(0).cumsum(0).flip(0)
-    before = number.cumsum(0) - number  # examples that are certain when the k bins in front are
-    certain = (size - before) * relative[order] > remaining
-    k = int(certain.sum())
-    if k == len(order):
-        return torch.ones_like(relative)
-    scale = (size - before[k]) / remaining[k]
-    return (relative * scale).clamp(max=1.0)
 
 
 def draw_pass(
@@ -254,7 +232,7 @@ class History:
         if not float(moments.sum()) > 0:
             return 1.0
         size = max(round(fraction * self.examples), 1)
-        weights = size / self.examples / bin_inclusion(self._relative, self._counts, size)
+        weights = size / self.examples / inclusion_probabilities(self._relative, size, self._counts)
         return float(moments.sum() / (moments * weights).sum())
 
     def passes_for(self, fraction: float) -> int:
@@ -284,7 +262,7 @@ class History:
         if self.calibration is None or size > self.examples:
             raise ValueError(f"A pass of {size} examples cannot be drawn from {self.examples}.")
         relative = torch.ones_like(self._relative) if uniform else self._relative
-        inclusion = bin_inclusion(relative, self._counts, size)
+        inclusion = inclusion_probabilities(relative, size, self._counts)
         generator = torch.Generator().manual_seed(key_to_seed(self.seed, self.passes, 4))
         order = torch.randperm(self.examples, generator=generator, dtype=torch.int32)
         # Off the ends, where rounding could add or lose a tooth.

@@ -21,7 +21,7 @@ from torch import Tensor
 Resampling = Literal["systematic", "multinomial"]
 
 
-def inclusion_probabilities(scores: Tensor, size: int) -> Tensor:
+def inclusion_probabilities(scores: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
     r"""Probability of each example to be among the ``size`` kept ones, proportional to its score and at most 1.
 
     ``min(1, c * scores)`` with ``c`` such that they sum to ``size``. Examples that would pass 1 are certain, and the
@@ -31,9 +31,11 @@ def inclusion_probabilities(scores: Tensor, size: int) -> Tensor:
     Args:
         scores: Importance of each example, non-negative, any positive scale; shape ``(B,)``.
         size: How many are kept, in ``[1, B]``.
+        counts: How many examples have each score, ``>= 0``, shape ``(B,)``; None: one each. ``size`` is at most their
+            sum then.
 
     Returns:
-        Shape ``(B,)``, float64, in ``[0, 1]``, summing to ``size``.
+        Of one example of each score: shape ``(B,)``, float64, in ``[0, 1]``, over all examples summing to ``size``.
 
     Raises:
         ValueError: ``scores`` is not a vector, is empty, or holds a negative or non-finite entry; ``size`` is out of
@@ -48,22 +50,28 @@ def inclusion_probabilities(scores: Tensor, size: int) -> Tensor:
     tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
     scores = _checked(scores)
-    if not 1 <= size <= len(scores):
-        raise ValueError(f"size must lie between 1 and the {len(scores)} scores, but it is {size}.")
+    numbers = torch.ones_like(scores) if counts is None else counts.double()
+    examples = len(scores) if counts is None else int(counts.sum())
+    if not 1 <= size <= examples:
+        raise ValueError(f"size must lie between 1 and the {examples} scores, but it is {size}.")
     ordered, order = scores.sort(descending=True)
+    numbers = numbers[order]
     # remaining[k]: the mass left when the k largest are certain. The smallest k that leaves no probability above 1 is
     # right: one more certain example than needed would take more than its share.
-    remaining = ordered.flip(0).cumsum(0).flip(0)
-    certain = torch.arange(len(scores), device=scores.device)
-    count = int(((size - certain) * ordered > remaining).sum())
-    tail = remaining[count] if count < len(scores) else remaining.new_zeros(())
-    if tail > 0:
-        rest = ordered * ((size - count) / tail)
+    remaining = (ordered * numbers).flip(0).cumsum(0).flip(0)
+    before = numbers.cumsum(0) - numbers  # examples that are certain when the k largest scores are
+    count = int(((size - before) * ordered > remaining).sum())
+    if count == len(scores):
+        return torch.ones_like(scores)
+    places = size - before[count]
+    if remaining[count] > 0:
+        rest = ordered * (places / remaining[count])
     else:
         # Only examples without a score are left for the remaining places.
-        rest = torch.full_like(ordered, (size - count) / max(len(scores) - count, 1))
-    probabilities = torch.where(certain < count, torch.ones_like(rest), rest.clamp(max=1.0))
-    return torch.empty_like(probabilities).scatter_(0, order, probabilities)
+        rest = torch.full_like(ordered, float(places / (examples - before[count]).clamp(min=1)))
+    rest = rest.clamp(max=1.0)
+    rest[:count] = 1.0
+    return torch.empty_like(rest).scatter_(0, order, rest)
 
 
 def systematic_draw(probabilities: Tensor, order: Tensor, offset: Tensor | float) -> Tensor:

@@ -10,7 +10,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import settings
 from sklearn.datasets import load_digits
+
+# The same examples in every run, so that a change is judged by what it changes. With --hypothesis-profile=default
+# hypothesis looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from hf_importance import history as module
 from hf_importance.calibration import PAIRS_PER_BIN, calibrate
-from hf_importance.history import History, bin_inclusion, draw_pass
+from hf_importance.history import History, draw_pass
 from hf_importance.sampling import inclusion_probabilities, systematic_draw
 
 
@@ -96,7 +96,7 @@ def test_inclusion_by_bins_is_that_of_the_examples(bins, data):
     if counts.sum() == 0:
         return
     size = data.draw(st.integers(1, int(counts.sum())))
-    found = bin_inclusion(relative, counts, size)
+    found = inclusion_probabilities(relative, size, counts)
     slow = inclusion_probabilities(relative.repeat_interleave(counts), size)
     torch.testing.assert_close(found.repeat_interleave(counts), slow, rtol=1e-9, atol=1e-12)
 
