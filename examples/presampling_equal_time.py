@@ -61,6 +61,7 @@ class Arguments:
     seeds: int = field(default=3, metadata={"help": "Runs of each row."})
     first_seed: int = field(default=0, metadata={"help": "The seed of the first."})
     rows: list[str] = field(default_factory=lambda: list(ROWS)[:6], metadata={"help": f"Of {list(ROWS)}."})
+    validation: bool = field(default=False, metadata={"help": "Test on the examples that choices are made by."})
     results: str | None = field(default=None, metadata={"help": "File that gets one line of JSON a run."})
     report: bool = field(default=False, metadata={"help": "Print the table of a file of results, and train nothing."})
 
@@ -170,6 +171,8 @@ def main() -> None:
     if not Path(arguments.data).is_dir():
         raise SystemExit(f"There is no folder {arguments.data}. Say where the data is: --data or HF_IMPORTANCE_DATA.")
     task = TASKS[arguments.task](Path(arguments.data), Path(arguments.models))
+    if arguments.validation:
+        task.test = task.validation()
     settings, seconds = task.arguments, None
     in_epoch = -(-len(task.train) // settings["per_device_train_batch_size"])
     steps = round(in_epoch * (arguments.epochs or settings["num_train_epochs"]))

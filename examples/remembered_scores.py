@@ -82,6 +82,7 @@ class Task:
         model: Makes a new model for a seed that is set already.
         train: Training examples.
         test: Examples that are looked at once, behind training.
+        validation: Loads those that a choice may be made by.
         arguments: Of the trainer; the same for every side.
         collator: Makes a batch.
     """
@@ -89,6 +90,7 @@ class Task:
     model: Callable[[], nn.Module]
     train: Rows
     test: Rows
+    validation: Callable[[], Rows]
     arguments: dict[str, Any]
     collator: Any = field(default=default_data_collator)
 
@@ -122,11 +124,13 @@ class SmallCNNForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def pictures(folder: Path, split: str, count: int | None, side: int, mean: float = 0.5, scale: float = 0.5) -> Rows:
+def pictures(
+    folder: Path, split: str, count: int | None, side: int, mean: float = 0.5, scale: float = 0.5, start: int = 0
+) -> Rows:
     """Load pictures of one size as float tensors."""
     files = {split: [str(f) for f in sorted(folder.glob(f"*{split}*.parquet"))]}
     data = load_dataset("parquet", data_files=files, split=split)
-    data = data if count is None else data.select(range(min(count, len(data))))
+    data = data.select(range(start, len(data) if count is None else min(start + count, len(data))))
     image = next(name for name in data.column_names if "image" in name or name == "img")
     label = next(name for name in data.column_names if "label" in name and "text" not in name)
     arrays = []
@@ -157,6 +161,7 @@ def fashion(data: Path, models: Path) -> Task:
         lambda: SmallCNNForImageClassification(PretrainedConfig(num_labels=10)),
         pictures(data / "fashion_mnist", "train", 10_000, 28),
         pictures(data / "fashion_mnist", "test", None, 28),
+        lambda: pictures(data / "fashion_mnist", "train", 10_000, 28, start=10_000),
         {"per_device_train_batch_size": 64, "num_train_epochs": 8, "learning_rate": 0.05, "optim": "sgd",
          "optim_args": "momentum=0.9"},
     )  # fmt: skip
@@ -179,6 +184,7 @@ def clothing(data: Path, models: Path) -> Task:
         model,
         pictures(folder, "train", None, 96),
         pictures(folder, "test", None, 96),
+        lambda: pictures(folder, "validation", None, 96),
         {"per_device_train_batch_size": 32, "num_train_epochs": 8, "learning_rate": 1e-3},
     )
 
@@ -195,6 +201,7 @@ def cifar(data: Path, models: Path) -> Task:
         model,
         pictures(folder, "train", 2_000, 32, 0.47, 0.25),
         pictures(folder, "test", None, 32, 0.47, 0.25),
+        lambda: pictures(folder, "train", 5_000, 32, 0.47, 0.25, start=2_000),
         {"per_device_train_batch_size": 64, "num_train_epochs": 5, "learning_rate": 0.01, "optim": "sgd",
          "optim_args": "momentum=0.9"},
     )  # fmt: skip
@@ -207,6 +214,7 @@ def _minilm(models: Path, data: Path, count: int, labels: int, epochs: int) -> T
         lambda: AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32),
         texts(data, "train", count, tokenizer),
         texts(data, "test", None, tokenizer),
+        lambda: texts(data, "validation", None, tokenizer),
         {"per_device_train_batch_size": 32, "num_train_epochs": epochs, "learning_rate": 1e-4},
         DataCollatorWithPadding(tokenizer),
     )
@@ -227,8 +235,9 @@ def shakespeare(data: Path, models: Path) -> Task:
     folder = models / "llama_stories260k"
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def blocks(name: str, count: int) -> Rows:
-        tokens = tokenizer((data / "tinyshakespeare" / name).read_text()[: count * 500])["input_ids"]
+    def blocks(name: str, count: int, start: int = 0) -> Rows:
+        text = (data / "tinyshakespeare" / name).read_text()[start * 500 : (start + count) * 500]
+        tokens = tokenizer(text)["input_ids"]
         rows = torch.tensor(tokens[: count * 128]).view(count, 128)
         return Rows(input_ids=rows, labels=rows)
 
@@ -236,6 +245,7 @@ def shakespeare(data: Path, models: Path) -> Task:
         lambda: AutoModelForCausalLM.from_pretrained(folder),
         blocks("train.txt", 1_024),
         blocks("validation.txt", 256),
+        lambda: blocks("train.txt", 256, start=1_024),
         {"per_device_train_batch_size": 16, "num_train_epochs": 5, "learning_rate": 1e-3},
     )
 
