@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from hf_importance.batches import Padding, Pool, batch_size_of, reserve_unit
 from hf_importance.costs import HYSTERESIS, Plan, plan, price
-from hf_importance.kappa import KappaMeter
+from hf_importance.kappa import KappaMeter, Part
 from hf_importance.switching import Switch
 from hf_importance.training_args import PRESAMPLING
 from hf_importance.variance import SHARES, VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
@@ -42,8 +42,9 @@ class PlanningMixin(WeightedLossMixin):
     _warned_time = False
     # When the step in progress asked for its data.
     _step_mark: Any = None
-    # Whether the step in progress trains on so few examples that its time says what does not shrink with them.
-    _few = False
+    # Whether the step in progress trains on so few examples that its time says what does not shrink with them, or on
+    # whole uniform batches.
+    _few = _uniform = False
 
     def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
         raise NotImplementedError
@@ -138,11 +139,16 @@ class PlanningMixin(WeightedLossMixin):
             return []
         return sum((inverse_moments(scores, weights) for scores in pools), np.zeros(len(SHARES))).tolist()
 
-    def _mark(self, few: bool = False) -> Any:
-        """Give a point in time where κ, or with ``few`` α, is still to be measured and steps tell of it."""
+    def _mark(self, later: bool = False) -> Any:
+        """Give a point in time where κ, or ``later`` α, is still to be measured and steps tell of it."""
         presampling = self._sampling and self.importance_args.importance_method in PRESAMPLING
         wanted = presampling and (self.importance_args.needs_kappa or self._switch.active)
-        return self._meter.mark(few) if wanted else None
+        return self._meter.mark(later) if wanted else None
+
+    @property
+    def _pool_parts(self) -> tuple[Part, Part]:
+        """As what the waiting for a pool and its scoring are timed: in place of probes, or to say κ again."""
+        return ("pool wait", "pool") if self._meter.measured else ("wait", "score")
 
     def _probe(self, batches: list, started: Any) -> None:
         """While off, time the scoring of a few micro-batches where a decision waits for κ."""
@@ -156,13 +162,13 @@ class PlanningMixin(WeightedLossMixin):
             self._meter.add("score", mark, len(pool))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Train on a micro-batch as ``Trainer`` does, and time the first few of them."""
-        few = self._few and self._meter.measured
-        mark = self._mark(few)
+        """Train on a micro-batch as ``Trainer`` does, and time it while κ or α is to be measured."""
+        later = self._meter.measured and (self._few or self._uniform)
+        mark = self._mark(later)
         examples = 0 if mark is None else batch_size_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if mark is not None:
-            self._meter.add("few" if few else "train", mark, examples)
+            self._meter.add("few" if later and self._few else "train", mark, examples)
         return loss
 
     def _learn_kappa(self) -> None:

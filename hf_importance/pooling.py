@@ -94,8 +94,9 @@ class PoolingMixin(PlanningMixin):
         self._few = share <= FEW
         pools, indices = self._gather_pools(batches, epoch_iterator, planned.pool)
         examples = sum(len(pool) for pool in pools)
-        self._meter.add("wait", self._step_mark, examples)
-        mark = self._mark()
+        wait, score = self._pool_parts
+        self._meter.add(wait, self._step_mark, examples)
+        mark = self._mark(later=self._meter.measured)
         scores, items = self._score(pools, self._passes(planned.pool))
         together = torch.cat(scores)
         # What a uniform step would have counted in expectation, and what the own batches count.
@@ -136,8 +137,7 @@ class PoolingMixin(PlanningMixin):
         if step_items == 0:
             raise ValueError(NO_ITEMS.format(step=self.state.global_step + 1))
         self._step_items = step_items
-        self._meter.add("score", mark, examples)
-        self._meter.add("pool", self._step_mark if self._few else None, examples)
+        self._meter.add(score, mark, examples)
         self._report.scored(examples, time.perf_counter() - started)
         return drawn, torch.tensor(step_items, device=self.args.device)
 

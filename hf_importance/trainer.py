@@ -112,7 +112,7 @@ class ImportanceMixin(ResumingMixin):
         """
         self._step_items = None
         self._learning_rate_factor = 1.0
-        self._few = False
+        self._few = self._uniform = False
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
@@ -122,7 +122,7 @@ class ImportanceMixin(ResumingMixin):
             epoch_iterator = self._in_step(epoch_iterator, num_batches, given)
             if self._remembers and self._draws_by_history(epoch_iterator):
                 return self._remembered(num_batches)
-        self._step_mark = self._mark() or self._mark(few=True)
+        self._step_mark = self._mark() or self._mark(later=True)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._head is None or not batches:
             return batches, num_items
@@ -148,6 +148,7 @@ class ImportanceMixin(ResumingMixin):
         self._report.step(self._switch.active)
         if self._switch.active:
             return self._presample(batches, epoch_iterator)
+        self._uniform = True
         self._probe(batches, self._step_mark)
         for batch in batches:
             self._report.uniform_batch(batch_size_of(batch))

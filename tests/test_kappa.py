@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
 from hf_importance.costs import ASSUMED_KAPPA
-from hf_importance.kappa import SAMPLES, WARM_UP, KappaMeter
+from hf_importance.kappa import FEW_SAMPLES, SAMPLES, WARM_UP, KappaMeter
 
 PROBES = WARM_UP + SAMPLES
 
@@ -122,15 +122,15 @@ def test_what_does_not_shrink_with_the_batch_is_measured(tmp_path, digits, overh
     assert log[-1]["importance/overhead"] == trainer._meter.overhead
     assert max(e["importance/active"] for e in log) == 1
     assert bool(log[-1]["importance/active"]) == stays
-    assert trainer._meter.mark(few=True) is None
+    assert trainer._meter.mark(later=True) is None
 
 
 def test_it_is_not_measured_where_training_was_not(tmp_path, digits):
     meter = KappaMeter(torch.device("cpu"))
     meter.load(0.2)
-    assert meter.mark(few=True) is None
+    assert meter.mark(later=True) is None
     meter.load(0.2, training=0.01)
-    assert meter.mark(few=True) is not None
+    assert meter.mark(later=True) is not None
 
 
 def test_one_slow_batch_does_not_count():
@@ -147,6 +147,40 @@ def test_one_slow_batch_does_not_count():
     assert presampling / training == pytest.approx(0.5, rel=0.5)
     meter.settle(presampling, training)
     assert (meter.measured, meter.ready, meter.mark()) == (True, False, None)
+
+
+def timed(meter, part, seconds, examples):
+    meter.add(part, time.perf_counter() - seconds, examples)
+
+
+def test_other_programs_that_slow_every_other_batch_do_not_count_on_a_cpu():
+    meter = KappaMeter(torch.device("cpu"))
+    for batch in range(PROBES):
+        odd = batch % 2
+        timed(meter, "wait", 0.0, 16)
+        timed(meter, "score", 1.6 * (2.5 if odd else 1.0), 16)
+        timed(meter, "train", 6.4 * (1.0 if odd else 2.5), 16)
+    presampling, training = meter.read()
+    assert presampling / training == pytest.approx(0.25, rel=0.01)
+
+
+def test_a_machine_that_became_slower_changes_neither_kappa_nor_the_overhead():
+    meter = KappaMeter(torch.device("cpu"))
+    meter.settle(presampling=0.1, training=0.4)
+    # All takes three times as long as then. Of a step of 16 examples 0.2 does not shrink.
+    for _ in range(PROBES):
+        timed(meter, "wait", 0.0, 16)
+        timed(meter, "train", 3 * 16 * 0.4, 16)
+    for _ in range(WARM_UP + FEW_SAMPLES):
+        assert not meter.few_ready
+        timed(meter, "pool wait", 0.0, 20)
+        timed(meter, "pool", 3 * 20 * 0.1, 20)
+        timed(meter, "few", 3 * 16 * 0.4 * (0.2 + 0.8 * 4 / 16), 4)
+    assert meter.few_ready
+    kappa, overhead = meter.read_few(batch_size=16)
+    assert (kappa, overhead) == (pytest.approx(0.25, rel=0.01), pytest.approx(0.2, rel=0.01))
+    meter.settle_few(kappa, overhead)
+    assert not meter.few_ready
 
 
 @pytest.mark.parametrize(("presampling", "kappa"), [(0.0, 0.001), (2.0, 0.99)])
@@ -193,8 +227,8 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
             tau_threshold="auto",
             tau_momentum=0.8,
             save_strategy="steps",
-            save_steps=20,
-            max_steps=28,
+            save_steps=26,
+            max_steps=34,
             logging_steps=1,
         )
         torch.manual_seed(0)
@@ -204,14 +238,14 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
         # Uneven from step 4 on, so that the pool's size changes before and after the checkpoint, and flat at the end.
         def score(outputs, labels):
             step = trainer.state.global_step
-            return skewed(outputs, labels) if 4 <= step < 24 else torch.ones(len(labels))
+            return skewed(outputs, labels) if 4 <= step < 30 else torch.ones(len(labels))
 
         trainer.compute_score_func = score
         return trainer
 
     whole = scored(build(tmp_path / "whole"))
     whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-20"
+    checkpoint = tmp_path / "whole" / "checkpoint-26"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
     assert saved["kappa"] == whole._meter.kappa != ASSUMED_KAPPA
@@ -228,7 +262,7 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     assert histories[0] == histories[1]
     active = [entry[3] for entry in histories[0]]
     assert 0.0 in active
-    assert 1.0 in active[20:]
+    assert 1.0 in active[26:]
 
 
 def test_a_step_whose_scores_are_not_finite_is_no_step_on_few(tmp_path):
