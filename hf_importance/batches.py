@@ -312,6 +312,11 @@ class Pool:
         """Give the number of examples, ``B``."""
         return sum(self.sizes)
 
+    @property
+    def in_lengths(self) -> bool:
+        """Whether its examples are texts or the like, each padded to the longest of its batch."""
+        return any(name in self.batches[0] for name in ("input_ids", "attention_mask"))
+
     def chunks(self, size: int | None) -> Iterator[Any]:
         """Give all examples in order, in batches of at most ``size``, or as they came where it is None."""
         if size is None:

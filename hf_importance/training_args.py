@@ -104,7 +104,10 @@ class ImportanceArguments:
     )
     scoring_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Examples in one scoring forward pass. By default the training batch size."},
+        metadata={
+            "help": "Examples in one scoring forward pass, at most. By default the training batch size, and twice as "
+            "many where presample_ratio is 'auto' and the examples are no texts."
+        },
     )
     scoring_dtype: str | None = field(
         default=None,

@@ -104,6 +104,34 @@ def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path):
     assert 0 < seen["scored"] < 2 * seen["needed"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "reserve", "given", "expected"),
+    [
+        (False, [4, 4], None, [24]),
+        (False, [4] * 4, None, [32]),
+        (False, [4] * 6, None, [20, 20]),
+        (False, [4, 4], 16, [12, 12]),
+        (True, [4, 4], None, [16, 8]),
+    ],
+)
+def test_a_pool_takes_as_few_passes_as_may_be(tmp_path, digits, texts, reserve, given, expected):
+    data = toys.sentences(64) if texts else digits.select(range(64))
+    args = toys.arguments(tmp_path, presample_ratio="auto", scoring_batch_size=given)
+    trainer = ImportanceTrainer(model=toys.bert() if texts else toys.vit(), args=args, train_dataset=data)
+    batches, start = [], 0
+    for size in [16, *reserve]:
+        batches.append(trainer.data_collator([data[i] for i in range(start, start + size)]))
+        start += size
+    sizes = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(len(inputs["input_ids" if texts else "pixel_values"])), with_kwargs=True
+    )
+    scores = trainer._score_pool(Pool(batches, Padding()))
+    assert sizes == expected
+    one_by_one = [trainer._score_pool(Pool([trainer.data_collator([data[i]])], Padding())) for i in range(start)]
+    torch.testing.assert_close(scores, torch.cat(one_by_one))
+
+
 def dtypes_seen(model, batch, scoring_dtype):
     seen = []
     hook = model.classifier.register_forward_hook(lambda _, __, output: seen.append(output.dtype))

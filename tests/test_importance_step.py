@@ -43,7 +43,7 @@ def uneven(_, labels):
 
 @pytest.mark.parametrize(
     ("ratio", "scoring_batch_size", "expected"),
-    [(3.0, None, [16, 16, 16]), (2.5, None, [16, 12, 12]), (3.0, 20, [20, 20, 8]), (1.25, None, [16, 4])],
+    [(3.0, None, [16, 16, 16]), (2.5, None, [16, 12, 12]), (3.0, 20, [16, 16, 16]), (1.25, None, [16, 4])],
 )
 def test_own_batch_and_reserve_are_scored_once(tmp_path, digits, ratio, scoring_batch_size, expected):
     model = toys.vit(dropout=0.3)
