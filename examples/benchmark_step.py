@@ -4,6 +4,7 @@
     python examples/benchmark_step.py --models bert --rounds 9
     python examples/benchmark_step.py --full                   # ViT-B, ResNet-50, BERT-base, a 1B Llama: for a GPU
     python examples/benchmark_step.py --parts off no_harm      # whole runs of both trainers, in turn
+    python examples/benchmark_step.py --parts passes layout    # what two scoring passes cost, and what the layout does
 
 All that is compared runs in one process, in turn, round after round; a figure is the median over the rounds, with the
 smallest and largest where it decides. Every optimizer step of an importance step goes through the trainer's own
@@ -28,6 +29,8 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -40,15 +43,16 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.batches import Pool
 from hf_importance.presampling import autocast_to, evaluation_mode, score_pool
 
-MODELS = ("vit", "resnet", "bert", "llama")
-PARTS = ("scoring", "step", "off", "no_harm")
+MODELS = ("vit", "resnet", "bert", "llama", "mobilenet")
+CONVOLUTIONS = ("resnet", "mobilenet")
+PARTS = ("scoring", "step", "off", "no_harm", "passes", "layout")
 
 
 @dataclass
 class BenchmarkArguments:
     """What is measured, and how often."""
 
-    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
+    models: list[str] = field(default_factory=lambda: list(MODELS[:4]), metadata={"help": f"Of {', '.join(MODELS)}."})
     parts: list[str] = field(default_factory=lambda: list(PARTS[:3]), metadata={"help": f"Of {', '.join(PARTS)}."})
     rounds: int = field(default=7, metadata={"help": "Times that each thing is measured, after one that is not."})
     batch_size: int = field(default=32, metadata={"help": "Examples a step; a quarter of it for the Llama."})
@@ -77,6 +81,8 @@ def make_model(name: str, full: bool) -> nn.Module:
     if name == "resnet":
         small = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
         return ResNetForImageClassification(ResNetConfig(num_labels=10, **({} if full else small)))
+    if name == "mobilenet":
+        return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=10, depth_multiplier=0.35))
     if name == "bert":
         small = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
         return BertForSequenceClassification(BertConfig(num_labels=10, **({} if full else small)))
@@ -98,7 +104,7 @@ def make_data(name: str, full: bool, examples: int = 768) -> Dataset:
         labels = labels if name == "bert" else tokens
         columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
     else:
-        side = 224 if full else (32 if name == "vit" else 64)
+        side = 224 if full else {"vit": 32, "resnet": 64, "mobilenet": 96}[name]
         columns = {"pixel_values": generator.random((examples, 3, side, side), dtype=np.float32), "labels": labels}
     return Dataset.from_dict(columns).with_format("numpy")
 
@@ -210,6 +216,57 @@ def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     for kind in things:
         if kind not in ("bare", "train"):
             print(f"{'':7} kappa, {kind:14} {ratios(seconds[kind], seconds['train'])}", flush=True)
+
+
+def passes(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print scoring a batch and an eighth of one in two passes, and in one, over training on the batch."""
+    trainer = make_trainer(ImportanceTrainer, name, data, settings)
+    size = trainer._train_batch_size
+    own = next(iter(trainer.get_train_dataloader()))
+    rest = {key: value[: size // 8] for key, value in own.items()}
+    pool, model = pool_of(trainer, [own, rest]), trainer.model
+
+    def score(dtype: str | None, largest: int | None) -> None:
+        score_pool(model, pool, trainer._head, "upper_bound", None, largest, trainer._sliced_head, dtype).cpu()
+
+    def train() -> None:
+        trainer.training_step(model, dict(own))
+        model.zero_grad()
+
+    things: dict[str, Callable[[], object]] = {"train": train}
+    for dtype in ("fp32", "bf16"):
+        things[f"two {dtype}"] = lambda dtype=dtype: score(dtype, None)
+        things[f"one {dtype}"] = lambda dtype=dtype: score(dtype, len(pool))
+    seconds = in_turn(things, settings.rounds)
+    for kind in things:
+        if kind != "train":
+            print(f"{name:7} {kind:9} {ratios(seconds[kind], seconds['train'])}", flush=True)
+
+
+def layout(name: str, data: Rows, settings: BenchmarkArguments) -> None:
+    """Print training and scoring in channels_last over the same in the usual layout, for convolutions."""
+    if name not in CONVOLUTIONS:
+        return
+    things: dict[str, Callable[[], object]] = {}
+    for form in (torch.contiguous_format, torch.channels_last):
+        trainer = make_trainer(ImportanceTrainer, name, data, settings)
+        trainer.model.to(memory_format=form)
+        own = next(iter(trainer.get_train_dataloader()))
+        pool = pool_of(trainer, [own])
+
+        def train(trainer: Trainer = trainer, own: dict = own) -> None:
+            trainer.training_step(trainer.model, dict(own))
+            trainer.model.zero_grad()
+
+        things[f"train {form}"] = train
+        for dtype in ("fp32", "bf16"):
+            things[f"{dtype} {form}"] = lambda trainer=trainer, pool=pool, dtype=dtype: score_pool(
+                trainer.model, pool, trainer._head, "upper_bound", None, None, None, dtype
+            ).cpu()
+    seconds = in_turn(things, settings.rounds)
+    for kind in ("train", "fp32", "bf16"):
+        usual, last = (seconds[f"{kind} {form}"] for form in (torch.contiguous_format, torch.channels_last))
+        print(f"{name:7} {kind:6} channels_last / contiguous {ratios(last, usual)}", flush=True)
 
 
 def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
@@ -333,11 +390,12 @@ def main() -> None:
     (settings,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}, batch {settings.batch_size}, {settings.rounds} rounds")
+    measures = {f.__name__: f for f in (scoring, step, off, no_harm, passes, layout)}
     for part in settings.parts:
         print(f"\n{part}")
         for name in settings.models:
             data = Rows(make_data(name, settings.full))
-            {"scoring": scoring, "step": step, "off": off, "no_harm": no_harm}[part](name, data, settings)
+            measures[part](name, data, settings)
 
 
 if __name__ == "__main__":
