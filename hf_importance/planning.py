@@ -163,7 +163,7 @@ class PlanningMixin(WeightedLossMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch as ``Trainer`` does, and time it while κ or α is to be measured."""
-        later = self._meter.measured and (self._few or self._uniform)
+        later = (self._few or self._uniform) and self._meter.measured
         mark = self._mark(later)
         examples = 0 if mark is None else batch_size_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
