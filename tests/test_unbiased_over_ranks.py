@@ -64,7 +64,7 @@ class Rank:
         trainer = self.trainer
         trainer._sum_over_ranks = sum_over_ranks
         trainer._plan = lambda: Plan(pool=0, kept=trainer._train_batch_size, cost=0.0)
-        trainer._passes = lambda pool: 0
+        trainer._passes = lambda planned, pool: 0
         trainer._reserve_batches = lambda epoch_iterator, pool: self.parts[1:]
         (batch,), _ = trainer._presample([self.parts[0]], iter(()))
         loss, _ = trainer._weighted_loss(trainer.model.train(), batch)
