@@ -16,8 +16,9 @@ Measured on 2 CPU cores, of which it uses one (torch 2.13.0, transformers 5.23.0
     ImportanceTrainer           0.0090    5.1%     400      6.9          13,744    19,600
     Trainer, same compute       0.0368    5.5%     317      5.2          20,288         0
 
-Half the examples for as many steps and no higher loss; what scoring costs is measured, so it differs from run to run. In seconds a model this small gains nothing: its steps are
-mostly overhead. The test errors, of 453 digits, have a standard error of 1 %.
+Half the examples for as many steps and no higher loss; what scoring costs is measured, so it differs from run to run.
+In seconds a model this small gains nothing: its steps are mostly overhead. The test errors, of 453 digits, have a
+standard error of 1 %.
 """
 
 import math
