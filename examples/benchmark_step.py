@@ -171,6 +171,16 @@ def pool_of(trainer: ImportanceTrainer, batches: list) -> Pool:
     return Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
 
 
+def trains(trainer: Trainer, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Give what trains on a batch, forward and backward, and forgets the gradients."""
+
+    def train() -> None:
+        trainer.training_step(trainer.model, dict(batch))
+        trainer.model.zero_grad()
+
+    return train
+
+
 def peak_memory(thing: Callable[[], object]) -> str:
     """Give the peak of a device's memory, in MiB; on a CPU examples/benchmark_memory.py measures it."""
     if not torch.cuda.is_available():
@@ -196,11 +206,7 @@ def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         options = (trainer._head, "upper_bound", None, None, trainer._sliced_head, dtype, compiled)
         score_pool(model, pool, *options).cpu()
 
-    def train() -> None:
-        trainer.training_step(model, dict(own))
-        model.zero_grad()
-
-    things = {"bare": bare, "train": train, "as training": lambda: score(None)}
+    things = {"bare": bare, "train": trains(trainer, own), "as training": lambda: score(None)}
     things |= {dtype: lambda dtype=dtype: score(dtype) for dtype in ("fp32", "bf16", "fp16")}
     if settings.compiled:
         compiled = torch.compile(model)
@@ -229,11 +235,7 @@ def passes(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     def score(dtype: str | None, largest: int | None) -> None:
         score_pool(model, pool, trainer._head, "upper_bound", None, largest, trainer._sliced_head, dtype).cpu()
 
-    def train() -> None:
-        trainer.training_step(model, dict(own))
-        model.zero_grad()
-
-    things: dict[str, Callable[[], object]] = {"train": train}
+    things: dict[str, Callable[[], object]] = {"train": trains(trainer, own)}
     for dtype in ("fp32", "bf16"):
         things[f"two {dtype}"] = lambda dtype=dtype: score(dtype, None)
         things[f"one {dtype}"] = lambda dtype=dtype: score(dtype, len(pool))
@@ -253,12 +255,7 @@ def layout(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         trainer.model.to(memory_format=form)
         own = next(iter(trainer.get_train_dataloader()))
         pool = pool_of(trainer, [own])
-
-        def train(trainer: Trainer = trainer, own: dict = own) -> None:
-            trainer.training_step(trainer.model, dict(own))
-            trainer.model.zero_grad()
-
-        things[f"train {form}"] = train
+        things[f"train {form}"] = trains(trainer, own)
         for dtype in ("fp32", "bf16"):
             things[f"{dtype} {form}"] = lambda trainer=trainer, pool=pool, dtype=dtype: score_pool(
                 trainer.model, pool, trainer._head, "upper_bound", None, None, None, dtype

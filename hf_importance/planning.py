@@ -42,9 +42,9 @@ class PlanningMixin(WeightedLossMixin):
     _warned_time = False
     # When the step in progress asked for its data.
     _step_mark: Any = None
-    # Whether the step in progress trains on so few examples that its time says what does not shrink with them, or on
-    # whole uniform batches.
-    _few = _uniform = False
+    # As what the step in progress is timed once κ is known: on so few examples that its time says what does not shrink
+    # with them, on whole uniform batches ("train"), or not at all.
+    _timed_as: Part | None = None
 
     def _score_pool(self, pool: Pool, passes: int = 0) -> Tensor:
         raise NotImplementedError
@@ -163,12 +163,12 @@ class PlanningMixin(WeightedLossMixin):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch as ``Trainer`` does, and time it while κ or α is to be measured."""
-        later = (self._few or self._uniform) and self._meter.measured
+        later = self._timed_as is not None and self._meter.measured
         mark = self._mark(later)
         examples = 0 if mark is None else batch_size_of(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if mark is not None:
-            self._meter.add("few" if later and self._few else "train", mark, examples)
+            self._meter.add((self._timed_as if later else None) or "train", mark, examples)
         return loss
 
     def _learn_kappa(self) -> None:

@@ -92,7 +92,7 @@ class PoolingMixin(PlanningMixin):
         started = time.perf_counter()
         planned = self._plan()
         share = planned.kept / self._train_batch_size
-        self._few = share <= FEW
+        self._timed_as = "few" if share <= FEW else None
         pools, indices = self._gather_pools(batches, epoch_iterator, planned.pool)
         examples = sum(len(pool) for pool in pools)
         wait, score = self._pool_parts
@@ -116,7 +116,7 @@ class PoolingMixin(PlanningMixin):
         if finite:
             self._scale_learning_rate(gain)
         else:
-            self._few = False  # all of the own batch is trained on
+            self._timed_as = None  # all of the own batch is trained on
         drawn, weights = [], []
         for micro, (pool, pool_scores) in enumerate(zip(pools, scores, strict=True)):
             if finite:
@@ -189,7 +189,7 @@ class PoolingMixin(PlanningMixin):
         if settings.scoring_batch_size is not None or settings.ratio is not None:
             return settings.scoring_batch_size
         # The reserve comes in quarters of a batch, and a pass of its own for one or two of them is dear: MobileNetV2
-        # takes 0.25 of a training step for 32 and 4 pictures, 0.21 for 36 (CPU, bf16). Without gradients no
+        # takes 0.24 of a training step for 32 and 4 pictures, 0.20 for 36 (CPU, bf16). Without gradients no
         # activations are kept, so two batches need less memory than training on one. Texts would be padded to the
         # longest of all.
         return self._train_batch_size * (1 if pool.in_lengths else 2)

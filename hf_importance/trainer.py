@@ -112,7 +112,7 @@ class ImportanceMixin(ResumingMixin):
         """
         self._step_items = None
         self._learning_rate_factor = 1.0
-        self._few = self._uniform = False
+        self._timed_as = None
         if self._sampling:
             self._follow_state()
             self._place = self._stream_place()
@@ -148,7 +148,7 @@ class ImportanceMixin(ResumingMixin):
         self._report.step(self._switch.active)
         if self._switch.active:
             return self._presample(batches, epoch_iterator)
-        self._uniform = True
+        self._timed_as = "train"
         self._probe(batches, self._step_mark)
         for batch in batches:
             self._report.uniform_batch(batch_size_of(batch))

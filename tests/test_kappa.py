@@ -125,6 +125,24 @@ def test_what_does_not_shrink_with_the_batch_is_measured(tmp_path, digits, overh
     assert trainer._meter.mark(later=True) is None
 
 
+def test_pools_are_held_against_the_last_whole_batches(tmp_path, digits):
+    args = auto(tmp_path, importance_budget="constant_variance", max_steps=10 * PROBES)
+    data = SlowData(digits.select(range(128)), 0.0)
+    trainer = ImportanceTrainer(model=Slow(0.005, 0.025), args=args, train_dataset=data)
+
+    def score(outputs, labels):
+        # Once kappa is known the machine becomes four times as slow; six whole batches later it pays to presample.
+        if trainer._meter.measured:
+            trainer.model.seconds = (0.02, 0.1)
+        return skewed(outputs, labels) if trainer.state.global_step >= 2 * PROBES + 2 else flat(outputs, labels)
+
+    trainer.compute_score_func = score
+    trainer.train()
+    assert trainer._meter.overhead == pytest.approx(0.0, abs=0.2)
+    assert trainer._meter.kappa == pytest.approx(1 / 6, rel=0.5)
+    assert trainer.state.log_history[-2]["importance/active"] == 1
+
+
 def test_it_is_not_measured_where_training_was_not(tmp_path, digits):
     meter = KappaMeter(torch.device("cpu"))
     meter.load(0.2)
