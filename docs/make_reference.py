@@ -6,21 +6,34 @@ The test suite compares the page with what this gives, so it cannot fall behind 
 import ast
 import inspect
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import hf_importance
 from hf_importance import ImportanceArguments
-from hf_importance.plots import plot_training
+from hf_importance.reporting.plots import plot_training
 
 PAGE = Path(__file__).with_name("reference.md")
-METHODS = {"ImportanceMixin": ("importance_table", "create_model_card")}
+# What a reader adopts, then what is chosen from, then what a method of one's own is made of, then the functions.
+ORDER = (
+    *("ImportanceTrainer", "ImportanceMixin", "ImportanceTrainingArguments", "ImportanceArguments"),
+    *("Presample", "History", "Auto", "Observe"),
+    *("Sampler", "Visits", "Pool", "Scored", "Facts"),
+    *("upper_bound", "estimate_tau", "resample"),
+)
+METHODS = {
+    "ImportanceMixin": ("importance_table", "importance_weights", "create_model_card"),
+    "Presample": ("paper",),
+    "Sampler": ("begin", "visits", "pool", "keep", "measure", "learn"),
+}
 
 
 def signature(name: str, thing: object) -> str:
-    """Give the call of a function, or the name of a class: what these take, their docstrings say."""
-    if not inspect.isfunction(thing):
-        return f"class {name}"
+    """Give the call of a function; of a class its name, and where it is a sampler what it takes, with the defaults."""
+    if inspect.isclass(thing):
+        given = fields(thing) if issubclass(thing, hf_importance.Sampler) and is_dataclass(thing) else ()
+        defaults = ", ".join(f"{f.name}={f.default!r}" for f in given if f.default is not MISSING)
+        return f"class {name}({defaults})" if defaults else f"class {name}"
     (defined,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     return f"{name}({ast.unparse(defined.args)}) -> {ast.unparse(defined.returns)}"
 
@@ -52,12 +65,13 @@ def page() -> str:
         "",
         *arguments(),
     ]
-    for name, thing in vars(hf_importance).items():
-        if inspect.isclass(thing) or inspect.isfunction(thing):
-            lines += section(2, name, thing)
-            for method in METHODS.get(name, ()):
-                lines += section(3, f"{name}.{method}", getattr(thing, method))
-    lines += section(2, "hf_importance.plots.plot_training", plot_training)
+    public = {name: thing for name, thing in vars(hf_importance).items() if callable(thing)}
+    assert sorted(public) == sorted(ORDER), sorted(set(public) ^ set(ORDER))
+    for name in ORDER:
+        lines += section(2, name, public[name])
+        for method in METHODS.get(name, ()):
+            lines += section(3, f"{name}.{method}", getattr(public[name], method))
+    lines += section(2, "hf_importance.reporting.plots.plot_training", plot_training)
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What remembering costs at ten million examples: memory, the draw of a pass, the upkeep of the table.
+"""What remembering costs at ten million examples: memory, the draws of an epoch, the upkeep of the table.
 
 Prints each beside a training pass of a small model over the same number of examples, measured in the same run on a
 part of it. Results stand in docs/history.md::
@@ -12,10 +12,13 @@ import statistics
 import time
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from hf_importance.remembering import Remembering
-from hf_importance.training_args import ImportanceArguments
+from hf_importance.run.ranks import Ranks
+from hf_importance.run.table import Table
+from hf_importance.samplers.history import History
+from hf_importance.samplers.proposal import Proposal
 
 
 def seconds(action, repeats: int) -> list[float]:
@@ -38,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--examples", type=int, default=10_000_000)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--passes", type=int, default=4, help="An epoch's visits are split into so many.")
+    parser.add_argument("--draws", type=int, default=4, help="An epoch's visits are split into so many.")
     parser.add_argument("--repeats", type=int, default=3)
     settings = parser.parse_args()
     count, batch = settings.examples, settings.batch_size
@@ -58,28 +61,26 @@ def main() -> None:
 
     train()
     before = peak()
-    loader = torch.utils.data.DataLoader(range(count), batch_size=batch)
-    remembering = Remembering(ImportanceArguments(), loader, 1, 0, 1, 0, lambda rows: rows)
-    history = remembering.history
+    table, proposal = Table(count, Ranks(Accelerator(cpu=True))), Proposal(History.share)
     visits = [torch.randint(count, (batch,), generator=random) for _ in range(50)]
     found, ones = torch.rand(batch, generator=random).double().exp(), torch.ones(batch).double()
 
     def record() -> None:
         for step, index in enumerate(visits):
-            remembering.record(index, found, ones, step)
-        remembering.exchange()
+            table.add(index, found, ones, step)
+        table.exchange()
 
     # Filled without training, a chunk at a time; then once more for pairs to calibrate by.
     for _ in range(2):
         for start in range(0, count, 1 << 18):
             index = torch.arange(start, min(start + (1 << 18), count))
-            scores = torch.randn(len(index), generator=random).exp()
-            history.record(index, scores, torch.zeros(len(index), dtype=torch.int32), torch.ones(len(index)))
-    length = count // settings.passes // batch
+            scores = torch.randn(len(index), generator=random).exp().double()
+            table.add(index, scores, torch.ones_like(scores), 0)
+            table.exchange()
 
     def draw() -> None:
-        history.refit()
-        history.begin_pass(float(batch), length, 1)
+        proposal.refit(table.scores, table.pairs)
+        proposal.draw(table.scores, count // settings.draws // batch * batch, random)
 
     timed = {"train": [], "record": [], "draw": []}
     for _ in range(settings.repeats):
@@ -89,14 +90,14 @@ def main() -> None:
     grown = peak() - before
     a_step, upkeep = (statistics.median(timed[name]) / 50 for name in ("train", "record"))
     epoch = a_step * count / batch
-    draws = statistics.median(timed["draw"]) * settings.passes
+    draws = statistics.median(timed["draw"]) * settings.draws
     print(
-        f"{count:,} examples, batches of {batch}, {settings.passes} passes an epoch, {torch.get_num_threads()} threads"
+        f"{count:,} examples, batches of {batch}, {settings.draws} draws an epoch, {torch.get_num_threads()} threads"
     )
     print(
         f"training over all of them once   {epoch:8.1f} s   ({sum(p.numel() for p in model.parameters())} parameters)"
     )
-    print(f"drawing all passes of an epoch   {draws:8.2f} s   {draws / epoch:.2%}   {timed['draw']}")
+    print(f"all draws of an epoch            {draws:8.2f} s   {draws / epoch:.2%}   {timed['draw']}")
     print(f"keeping the table                {upkeep * count / batch:8.2f} s   {upkeep / a_step:.2%}")
     print(f"memory, largest                  {grown:8.0f} MB")
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig
 
-from hf_importance.batches import Padding, Pool
-from hf_importance.heads import head_of
-from hf_importance.presampling import score_pool
-from hf_importance.vocabulary import SlicedHead
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.sliced import SlicedHead
+from hf_importance.objective.scorer import Scorer
 
 ROWS = ("model and data", "training step", "scoring, full logits", "scoring, slices")
 
@@ -56,7 +56,7 @@ def run(arguments: Arguments) -> None:
         model(**batches[0]).loss.backward()
     elif arguments.row in ("scoring, full logits", "scoring, slices"):
         sliced = SlicedHead(model, head) if arguments.row == "scoring, slices" else None
-        score_pool(model, Pool(batches, Padding()), head, "upper_bound", None, None, sliced)
+        Scorer(lambda: model, head, sliced=sliced)(PooledBatches(batches, Padding()))
     print(peak_mib(device))
 
 

@@ -13,6 +13,7 @@ methods. Results, with hardware and versions, stand in docs/benchmarks.md.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -31,6 +32,7 @@ from transformers import (
     LlamaForCausalLM,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    PrinterCallback,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -39,9 +41,20 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.batches import Pool
-from hf_importance.presampling import autocast_to, evaluation_mode, score_pool
+from hf_importance import (
+    ImportanceMixin,
+    ImportanceTrainer,
+    ImportanceTrainingArguments,
+    Pool,
+    Sampler,
+    Scored,
+    resample,
+)
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.sliced import SlicedHead
+from hf_importance.heads.tasks import TokenHead
+from hf_importance.objective.scorer import Scorer, autocast_to, evaluation_mode
 
 MODELS = ("vit", "resnet", "bert", "llama", "mobilenet")
 CONVOLUTIONS = ("resnet", "mobilenet")
@@ -125,7 +138,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def make_trainer(kind: type[Trainer], name: str, data: Rows, settings: BenchmarkArguments, **options) -> Trainer:
-    """Give a trainer that logs and saves nothing."""
+    """Give a trainer that prints and saves nothing."""
     size = settings.batch_size // 4 if name == "llama" else settings.batch_size
     defaults = {
         "output_dir": tempfile.mkdtemp(),
@@ -140,11 +153,10 @@ def make_trainer(kind: type[Trainer], name: str, data: Rows, settings: Benchmark
         "presample_ratio": 3.0,  # nothing to be measured
         "tau_threshold": 0.99 * size**0.5,  # never passed: off
     }
-    callbacks = options.pop("callbacks", None)
-    score = {"compute_score_func": options.pop("score")} if "score" in options else {}
+    given = {key: options.pop(key) for key in ("callbacks", "compute_score_func", "sampler") if key in options}
     args = ImportanceTrainingArguments(**{**defaults, **options})
-    trainer = kind(make_model(name, settings.full), args, train_dataset=data, callbacks=callbacks, **score)
-    trainer.log = lambda *_, **__: None  # the figures are not read here
+    trainer = kind(make_model(name, settings.full), args, train_dataset=data, **given)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -166,9 +178,22 @@ def ratios(over: list[float], under: list[float], factor: float = 1.0) -> str:
     return f"{statistics.median(found):6.3f} [{min(found):.3f}, {max(found):.3f}]"
 
 
-def pool_of(trainer: ImportanceTrainer, batches: list) -> Pool:
-    """Give the batches as a pool on the device."""
-    return Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
+def on_device(batch: dict[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
+    """Give a batch where the model is."""
+    return {name: value.to(trainer.args.device) for name, value in batch.items()}
+
+
+def pool_of(trainer: Trainer, batches: list) -> PooledBatches:
+    """Give the batches as a pool on the device; all rows are of one length."""
+    return PooledBatches([on_device(batch, trainer) for batch in batches], Padding())
+
+
+def scorer_of(trainer: Trainer, **settings) -> Scorer:
+    """Give a scorer of a trainer's model as it makes one for itself."""
+    model = trainer.model
+    head = head_of(model, 0.0, None)
+    sliced = SlicedHead(model, head) if isinstance(head, TokenHead) else None
+    return Scorer(lambda: model, head, sliced=sliced, **settings)
 
 
 def trains(trainer: Trainer, batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -196,21 +221,21 @@ def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     own = next(iter(trainer.get_train_dataloader()))
     trainer.create_optimizer_and_scheduler(settings.steps)
     pool, model = pool_of(trainer, [own]), trainer.model
-    inputs = trainer._head.model_inputs(pool.batches[0])
+    inputs = head_of(model, 0.0, None).model_inputs(pool.batches[0])
 
     def bare() -> None:
         with evaluation_mode(model), torch.inference_mode():
             model(**inputs)
 
-    def score(dtype: str | None, compiled: Callable | None = None) -> None:
-        options = (trainer._head, "upper_bound", None, None, trainer._sliced_head, dtype, compiled)
-        score_pool(model, pool, *options).cpu()
+    def score(**options) -> Callable[[], object]:
+        scorer = scorer_of(trainer, **options)
+        return lambda: scorer(pool).cpu()
 
-    things = {"bare": bare, "train": trains(trainer, own), "as training": lambda: score(None)}
-    things |= {dtype: lambda dtype=dtype: score(dtype) for dtype in ("fp32", "bf16", "fp16")}
+    things = {"bare": bare, "train": trains(trainer, own), "as training": score()}
+    things |= {dtype: score(dtype=dtype) for dtype in ("fp32", "bf16", "fp16")}
     if settings.compiled:
-        compiled = torch.compile(model)
-        things |= {"compiled": lambda: score(None, compiled), "compiled bf16": lambda: score("bf16", compiled)}
+        things |= {"compiled": score(compile=torch.compile)}
+        things |= {"compiled bf16": score(compile=torch.compile, dtype="bf16")}
     seconds = in_turn(things, settings.rounds)
     with evaluation_mode(model), torch.no_grad(), autocast_to(model, None):
         memory = [peak_memory(thing) for thing in (bare, things["as training"])]
@@ -227,18 +252,14 @@ def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
 def passes(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     """Print scoring a batch and an eighth of one in two passes, and in one, over training on the batch."""
     trainer = make_trainer(ImportanceTrainer, name, data, settings)
-    size = trainer._train_batch_size
     own = next(iter(trainer.get_train_dataloader()))
-    rest = {key: value[: size // 8] for key, value in own.items()}
-    pool, model = pool_of(trainer, [own, rest]), trainer.model
-
-    def score(dtype: str | None, largest: int | None) -> None:
-        score_pool(model, pool, trainer._head, "upper_bound", None, largest, trainer._sliced_head, dtype).cpu()
-
+    rest = {key: value[: max(len(value) // 8, 1)] for key, value in own.items()}
+    pool = pool_of(trainer, [own, rest])
     things: dict[str, Callable[[], object]] = {"train": trains(trainer, own)}
     for dtype in ("fp32", "bf16"):
-        things[f"two {dtype}"] = lambda dtype=dtype: score(dtype, None)
-        things[f"one {dtype}"] = lambda dtype=dtype: score(dtype, len(pool))
+        scorer = scorer_of(trainer, dtype=dtype)
+        things[f"two {dtype}"] = lambda scorer=scorer: scorer(pool).cpu()
+        things[f"one {dtype}"] = lambda scorer=scorer: scorer(pool, len(pool)).cpu()
     seconds = in_turn(things, settings.rounds)
     for kind in things:
         if kind != "train":
@@ -257,48 +278,81 @@ def layout(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         pool = pool_of(trainer, [own])
         things[f"train {form}"] = trains(trainer, own)
         for dtype in ("fp32", "bf16"):
-            things[f"{dtype} {form}"] = lambda trainer=trainer, pool=pool, dtype=dtype: score_pool(
-                trainer.model, pool, trainer._head, "upper_bound", None, None, None, dtype
-            ).cpu()
+            scorer = scorer_of(trainer, dtype=dtype)
+            things[f"{dtype} {form}"] = lambda scorer=scorer, pool=pool: scorer(pool).cpu()
     seconds = in_turn(things, settings.rounds)
     for kind in ("train", "fp32", "bf16"):
         usual, last = (seconds[f"{kind} {form}"] for form in (torch.contiguous_format, torch.channels_last))
         print(f"{name:7} {kind:6} channels_last / contiguous {ratios(last, usual)}", flush=True)
 
 
+class InTurn(Sampler):
+    """Trains uniformly and by importance, step by step in turn, whatever τ is."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def pool(self) -> Pool | None:
+        """Score a pool in every second step, and keep as many as a batch has."""
+        size = self.run.batch_size
+        return Pool(math.ceil(self.ratio * size), size) if self.run.step() % 2 else None
+
+    def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
+        """Keep rows in proportion to their scores."""
+        return resample(pool.scores, pool.kept, generator=pool.generator)
+
+
+class InTurnTimes(TrainerCallback):
+    """Seconds of each step by its kind, from the end of the one before to its own end, and of scoring a batch.
+
+    A batch is read and scored between two steps, so that all three meet the same load of the machine.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.seconds: dict[str, list[float]] = {"uniform": [], "importance": [], "score": []}
+        self.memory: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start."""
+        self.scorer = scorer_of(self.trainer)
+        loader = self.trainer.get_train_dataloader()
+        self.batches = iter(batch for _ in iter(int, 1) for batch in loader)
+        self.started = now()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Keep the time, and score a batch; the first two steps warm up."""
+        kind, took = "importance" if state.global_step % 2 == 0 else "uniform", now() - self.started
+        if torch.cuda.is_available():
+            self.memory[kind] = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"
+        started = now()
+        self.scorer(pool_of(self.trainer, [next(self.batches)])).cpu()
+        if state.global_step > 2:
+            self.seconds[kind].append(took)
+            self.seconds["score"].append(now() - started)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.started = now()
+
+
 def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     """Print whole optimizer steps: uniform, and by importance against what kappa * B + n predicts."""
-    on = {"tau_threshold": 1 + 1e-9, "presample_ratio": settings.presample_ratio, "scoring_dtype": None}
-    trainer = make_trainer(ImportanceTrainer, name, data, settings, **on)
-    loader = trainer.get_train_dataloader()
-    trainer.create_optimizer_and_scheduler(settings.steps)
-    size = trainer._train_batch_size
-    endless = iter(batch for _ in iter(int, 1) for batch in loader)
-
-    def uniform() -> None:
-        take(*Trainer.get_batch_samples(trainer, endless, 1, trainer.args.device))
-
-    def importance() -> None:
-        take(*trainer._presample([next(endless)], endless))
-
-    def take(batches: list, items: object) -> None:
-        trainer._awaiting = False
-        trainer.training_step(trainer.model, batches[0], items)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-
-    def score_own() -> None:
-        trainer._score([pool_of(trainer, [next(endless)])])
-
-    seconds = in_turn({"uniform": uniform, "importance": importance, "score": score_own}, settings.rounds)
+    times = InTurnTimes()
+    options = {"max_steps": 2 * settings.rounds + 2, "tau_threshold": None, "presample_ratio": "auto"}
+    sampler = InTurn(settings.presample_ratio)
+    trainer = times.trainer = make_trainer(
+        ImportanceTrainer, name, data, settings, **options, sampler=sampler, callbacks=[times]
+    )
+    trainer.train()
+    seconds = times.seconds
     kappa = statistics.median(seconds["score"]) / statistics.median(seconds["uniform"])
-    planned = trainer._plan()
-    predicted = kappa * planned.pool / size + planned.kept / size
+    predicted = kappa * settings.presample_ratio + 1
     took = statistics.median(seconds["importance"]) / statistics.median(seconds["uniform"])
     print(
         f"{name:7} uniform step {1000 * statistics.median(seconds['uniform']):8.1f} ms, kappa {kappa:.3f}: importance "
         f"step / uniform {ratios(seconds['importance'], seconds['uniform'])}, predicted {predicted:.3f}, "
-        f"took / predicted {took / predicted:.3f}, peak MiB {peak_memory(uniform)} and {peak_memory(importance)}",
+        f"took / predicted {took / predicted:.3f}, peak MiB {times.memory.get('uniform', '-')} and "
+        f"{times.memory.get('importance', '-')}",
         flush=True,
     )
 
@@ -330,28 +384,9 @@ def off(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         f"{name:7} plain step {1000 * statistics.median(seconds[Trainer]):8.1f} ms, off / plain "
         f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, "
         f"what off adds {1000 * added_while_off(name, data, settings):.2f} ms, "
-        f"with presample_ratio='auto' {1000 * added_while_off(name, data, settings, presample_ratio='auto'):.2f} ms",
+        f"with presample_ratio='auto' {1000 * added_while_off(name, data, settings, **AUTOMATIC):.2f} ms",
         flush=True,
     )
-
-
-def added_while_off(name: str, data: Rows, settings: BenchmarkArguments, **options) -> float:
-    """Give the seconds of all that a switched-off step does more: score the logits, read the sums, average, decide."""
-    automatic = {"tau_threshold": "auto", "score": alike} if options else {}
-    trainer = make_trainer(ImportanceTrainer, name, data, settings, **options, **automatic)
-    trainer._meter.load(0.3)
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad():
-        outputs = trainer.model(**trainer._head.model_inputs(batch))
-    found = []
-    for _ in range(settings.rounds + 2):
-        started = now()
-        trainer._keep_scores(outputs, batch, None)
-        trainer._awaiting = True
-        trainer._report.step(False)
-        trainer._settle()
-        found.append(now() - started)
-    return statistics.median(found[2:])
 
 
 def alike(outputs: object, labels: Tensor) -> Tensor:
@@ -359,27 +394,84 @@ def alike(outputs: object, labels: Tensor) -> Tensor:
     return torch.ones(len(labels), device=labels.device)
 
 
+# Nothing is measured, and nothing is to be won.
+AUTOMATIC = {
+    "presample_ratio": "auto",
+    "tau_threshold": None,
+    "importance_kwargs": {"kappa": 0.3},
+    "compute_score_func": alike,
+}
+
+
+class Inside(Trainer):
+    """Adds up the seconds of the plain Trainer's own hooks within those of ImportanceTrainer."""
+
+    inside = 0.0
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Read batches as the Trainer does."""
+        started = now()
+        found = super().get_batch_samples(*args, **kwargs)
+        self.inside += now() - started
+        return found
+
+    def compute_loss(self, *args, **kwargs):
+        """Compute the loss as the Trainer does."""
+        started = now()
+        found = super().compute_loss(*args, **kwargs)
+        self.inside += now() - started
+        return found
+
+
+class Added(ImportanceMixin, Inside):
+    """Keeps what ImportanceTrainer's hooks take in each step beside those of the plain Trainer."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.whole, self.steps = 0.0, []
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Begin a step: what was added in the one before is known."""
+        self.steps.append(self.whole - self.inside)
+        self.whole = self.inside = 0.0
+        started = now()
+        found = super().get_batch_samples(*args, **kwargs)
+        self.whole += now() - started
+        return found
+
+    def compute_loss(self, *args, **kwargs):
+        """Compute the loss, and keep scores."""
+        started = now()
+        found = super().compute_loss(*args, **kwargs)
+        self.whole += now() - started
+        return found
+
+
+def added_while_off(name: str, data: Rows, settings: BenchmarkArguments, **options) -> float:
+    """Give the seconds of all that a switched-off step does more: score the logits, read the sums, average, decide."""
+    trainer = make_trainer(Added, name, data, settings, **options)
+    trainer.train()
+    return statistics.median(trainer.steps[3:])  # before the first step there was none, and the next two warm up
+
+
 def no_harm(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     """Print a whole run with everything automatic and nothing to win, against one of the plain Trainer."""
     seconds: dict[type, list[float]] = {Trainer: [], ImportanceTrainer: []}
-    automatic = {"presample_ratio": "auto", "tau_threshold": "auto", "max_steps": settings.run_steps}
+    automatic = {"presample_ratio": "auto", "tau_threshold": None, "max_steps": settings.run_steps}
+    kappa = math.nan
     for turn in range(settings.rounds):
         for kind in (Trainer, ImportanceTrainer) if turn % 2 else (ImportanceTrainer, Trainer):
-            options = automatic | ({"score": alike} if kind is ImportanceTrainer else {})
+            options = automatic | ({"compute_score_func": alike} if kind is ImportanceTrainer else {})
             trainer = make_trainer(kind, name, data, settings, **options)
             started = now()
-            trainer.train()
+            metrics = trainer.train().metrics
             seconds[kind].append(now() - started)
+            kappa = metrics.get("importance/kappa", kappa)
     print(
         f"{name:7} {settings.run_steps} steps: plain {statistics.median(seconds[Trainer]):8.1f} s, ours / plain "
-        f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, kappa {trainer_kappa(trainer)}",
+        f"{ratios(seconds[ImportanceTrainer], seconds[Trainer])}, kappa {kappa:.3f}",
         flush=True,
     )
-
-
-def trainer_kappa(trainer: Trainer) -> str:
-    """Give the kappa that a trainer measured, if it did."""
-    return f"{trainer._meter.kappa:.3f}" if isinstance(trainer, ImportanceTrainer) else "-"
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ so that a machine that gets slower is unfair to neither. What follows the task g
     python examples/compare.py text_classification --seeds 0 1 2 --output_dir runs/compare \
         --model bert-base-uncased --dataset rotten_tomatoes --max_steps 500
 
-The plain side is the same script with ``--importance_sampling false``. ``compute`` counts an example scored, a forward
-pass, as a third of one trained on, and is 1 for the plain side; ``train_runtime`` has the seconds of this machine.
+The plain side is the same script with ``--importance_sampling false``. ``compute`` counts an example scored as what it
+cost over one trained on (kappa, where the run has measured it, else a third), and is 1 for the plain side;
+``train_runtime`` has the seconds of this machine.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hf_importance.reporting import relative_compute
+from hf_importance.reporting.report import relative_compute
 
 TASKS = ("image_classification", "text_classification", "token_classification", "language_modeling")
 SIDES = {"plain": "false", "importance": "true"}

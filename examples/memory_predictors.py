@@ -19,12 +19,11 @@ from remembered_scores import TASKS, Task
 from torch import Tensor, nn
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.calibration import calibrate
-from hf_importance.losses import IGNORED_LABEL
-from hf_importance.scores import upper_bound
-from hf_importance.visits import INDEX
+from hf_importance.batches.entries import IGNORED_LABEL, INDEX
+from hf_importance.heads.scores import upper_bound
+from hf_importance.theory.calibration import calibrate
 
-SHARE = 0.1  # ε, uniform_share's default
+SHARE = 0.1  # ε, History's default
 
 
 class Tracing(ImportanceTrainer):
@@ -32,8 +31,8 @@ class Tracing(ImportanceTrainer):
 
     def __init__(self, head: nn.Linear, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.head, self.epochs, self._inputs = head, [], None
-        head.register_forward_pre_hook(lambda _, inputs: setattr(self, "_inputs", inputs[0].detach()))
+        self.head, self.epochs, self.seen = head, [], None
+        head.register_forward_pre_hook(lambda _, inputs: setattr(self, "seen", inputs[0].detach()))
 
     def begin_epoch(self, examples: int) -> None:
         """Start the notes of an epoch."""
@@ -54,9 +53,9 @@ class Tracing(ImportanceTrainer):
             self.begin_epoch(examples)
         found = super().compute_loss(model, inputs, *args, **kwargs)
         with torch.no_grad():
-            logits = nn.functional.linear(self._inputs, self.head.weight, self.head.bias)
+            logits = nn.functional.linear(self.seen, self.head.weight, self.head.bias)
             self.epochs[-1]["scores"][index] = upper_bound(logits, labels)
-            self.epochs[-1]["inputs"][index] = self._inputs.half()
+            self.epochs[-1]["inputs"][index] = self.seen.half()
         return found
 
 
@@ -93,8 +92,8 @@ def measure(task: Task, seed: int, folder: Path) -> list[dict[str, float]]:
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     args = ImportanceTrainingArguments(
         str(folder), seed=seed, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-        dataloader_pin_memory=False, importance_method="history", variance_margin=1e6, dataloader_drop_last=True,
-        **task.arguments,
+        dataloader_pin_memory=False, importance_method="history", importance_kwargs={"margin": 1e6},
+        dataloader_drop_last=True, **task.arguments,
     )  # fmt: skip
     trainer = Tracing(head, model=model, args=args, train_dataset=task.train, data_collator=task.collator)
     trainer.train()

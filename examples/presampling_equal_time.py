@@ -26,24 +26,26 @@ from remembered_scores import TASKS, Task, error
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.reporting import relative_compute
+from hf_importance.reporting.report import relative_compute
 
 AUTO = {"presample_ratio": "auto", "scoring_dtype": "bf16"}
+PAPER = {"presample_ratio": 3.0, "tau_threshold": 2.0}
 CHEAPER = {**AUTO, "importance_budget": "constant_variance"}
 ROWS = {
     "plain": {"importance_sampling": False},
-    "paper": {"resampling": "multinomial", "presample_ratio": 3.0},
-    "systematic": {"resampling": "systematic", "presample_ratio": 3.0},
+    # As sampler=Presample.paper(), and the same without replacement.
+    "paper": {**PAPER, "importance_kwargs": {"resampling": "multinomial"}},
+    "systematic": PAPER,
     "auto ratio": CHEAPER,
     "history": {"importance_method": "history", "importance_budget": "constant_variance"},
     "auto method": {**CHEAPER, "importance_method": "auto"},
     # The other budgets, and what the rest costs: the safety margin, the precision of scoring, and the replacement.
     "variance": {**AUTO, "importance_budget": "variance"},
     "constant time": {**AUTO, "importance_budget": "constant_time"},
-    "no margin": {**CHEAPER, "variance_margin": 1.0},
-    "margin 1.5": {**CHEAPER, "variance_margin": 1.5},
+    "no margin": {**CHEAPER, "importance_kwargs": {"margin": 1.0}},
+    "margin 1.5": {**CHEAPER, "importance_kwargs": {"margin": 1.5}},
     "fp32 scores": {**CHEAPER, "scoring_dtype": "fp32"},
-    "multinomial": {**CHEAPER, "resampling": "multinomial"},
+    "multinomial": {**CHEAPER, "importance_kwargs": {"resampling": "multinomial"}},
 }
 
 

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.reporting import relative_compute
+from hf_importance.reporting.report import relative_compute
 
 SIDES = {
     "plain": {"importance_sampling": False},

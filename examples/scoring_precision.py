@@ -20,8 +20,9 @@ from remembered_scores import TASKS
 from torch.utils.data import DataLoader, Subset
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, estimate_tau
-from hf_importance.batches import Pool
-from hf_importance.presampling import score_pool
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads.choose import head_of
+from hf_importance.objective.scorer import Scorer
 
 
 def main() -> None:
@@ -47,9 +48,11 @@ def main() -> None:
         trainer.train()
         rows = Subset(task.train, range(min(settings.pool, len(task.train))))
         batches = DataLoader(rows, batch_size=64, collate_fn=task.collator)
-        pool = Pool([trainer._prepare_inputs(batch) for batch in batches], trainer._padding())
+        model, device = trainer.model, trainer.args.device
+        pool = PooledBatches([{n: v.to(device) for n, v in batch.items()} for batch in batches], Padding())
+        head = head_of(model, 0.0, None)
         found = {
-            dtype: score_pool(trainer.model, pool, trainer._head, "upper_bound", None, None, dtype=dtype).double()
+            dtype: Scorer(lambda model=model: model, head, dtype=dtype)(pool).double()
             for dtype in ("fp32", *settings.precisions)
         }
         full = found["fp32"]

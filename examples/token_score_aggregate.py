@@ -28,9 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_importance.presampling import evaluation_mode
-from hf_importance.scores import gradient_norm, root_of_squares, sum_of_norms
-from hf_importance.task_heads import TokenHead
+from hf_importance.heads.scores import gradient_norm, root_of_squares, sum_of_norms
+from hf_importance.heads.tasks import TokenHead
+from hf_importance.objective.scorer import evaluation_mode
 
 
 @dataclass

@@ -9,9 +9,18 @@ works without the trainer:
 4. train on the weighted loss: :class:`ImportanceTrainer`, which is ``Trainer`` to the last bit while step 2 says no
 """
 
-from hf_importance.sampling import resample as resample
-from hf_importance.scores import upper_bound as upper_bound
-from hf_importance.switching import estimate_tau as estimate_tau
+from hf_importance.heads.scores import upper_bound as upper_bound
+from hf_importance.samplers.auto import Auto as Auto
+from hf_importance.samplers.history import History as History
+from hf_importance.samplers.observe import Observe as Observe
+from hf_importance.samplers.presample import Presample as Presample
+from hf_importance.samplers.sampler import Facts as Facts
+from hf_importance.samplers.sampler import Pool as Pool
+from hf_importance.samplers.sampler import Sampler as Sampler
+from hf_importance.samplers.sampler import Scored as Scored
+from hf_importance.samplers.sampler import Visits as Visits
+from hf_importance.theory.sampling import resample as resample
+from hf_importance.theory.tau import estimate_tau as estimate_tau
 from hf_importance.trainer import ImportanceMixin as ImportanceMixin
 from hf_importance.trainer import ImportanceTrainer as ImportanceTrainer
 from hf_importance.training_args import ImportanceArguments as ImportanceArguments

@@ -14,16 +14,14 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from hf_importance.batches import batch_size_of
-from hf_importance.heads import KNOWN_TASKS
-from hf_importance.training_args import BASELINES, ImportanceArguments
+from hf_importance.batches.entries import batch_size_of
+from hf_importance.heads.choose import KNOWN_TASKS
+from hf_importance.samplers.auto import Auto
+from hf_importance.samplers.presample import Presample
+from hf_importance.samplers.sampler import Sampler
+from hf_importance.values import check_choice
 
 logger = logging.getLogger(__name__)
-
-NO_ITEMS = (
-    "Step {step}: every label of a batch is ignored (-100), so its loss is 0 / 0. Remove such examples from "
-    "train_dataset, or see whether the data_collator should have made labels for them."
-)
 
 
 def unknown_head(model: nn.Module) -> str:
@@ -53,6 +51,27 @@ def check_dataset(examples: int, batch_size: int, presample_ratio: float | None)
         )
 
 
+def check_data(sampler: Sampler, dataset: Any, args: TrainingArguments, batch_size: int) -> bool:
+    """Check that a sampler can work with a dataset, and say whether it will remember its scores.
+
+    Args:
+        sampler: Decides.
+        dataset: What is trained on.
+        args: Of training.
+        batch_size: Examples in a micro-batch; ``auto_find_batch_size`` may have lowered it.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    remembers = can_remember(sampler, dataset, args)
+    if not isinstance(dataset, IterableDataset):
+        if batch_size != args.train_batch_size:
+            check_threshold(sampler, args, batch_size)
+        if isinstance(sampler, Presample):
+            check_dataset(len(dataset), batch_size, sampler.ratio)
+    return remembers
+
+
 def cannot_remember(dataset: Any, args: TrainingArguments, method: str) -> str | None:
     """Say why scores cannot be remembered for a dataset, and what to do, or None where they can.
 
@@ -60,53 +79,54 @@ def cannot_remember(dataset: Any, args: TrainingArguments, method: str) -> str |
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return (
-            f"importance_method={method!r} remembers a score for each example, so train_dataset must be map-style "
-            f"(__len__ and __getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for "
-            "a stream, or load the dataset without streaming."
+            f"{method} remembers a score for each example, so train_dataset must be map-style (__len__ and "
+            f"__getitem__), but it is a {type(dataset).__name__}. Use importance_method='presample' for a stream, or "
+            "load the dataset without streaming."
         )
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+    if getattr(args, "train_sampling_strategy", "random") in ("group_by_length", "batch_rebalance"):
         return (
-            f"importance_method={method!r} draws its own order, and train_sampling_strategy="
-            f"{args.train_sampling_strategy!r} asks for one by lengths. Leave it 'random', or use "
-            "importance_method='presample'."
+            f"{method} draws its own order, and train_sampling_strategy={args.train_sampling_strategy!r} asks for one "
+            "by lengths. Leave it 'random', or use importance_method='presample'."
         )
     return None
 
 
-def check_history(dataset: Any, settings: ImportanceArguments, args: TrainingArguments) -> None:
-    """Refuse what scores cannot be remembered for; where the method is chosen by itself, say that history is out.
+def can_remember(sampler: Sampler, dataset: Any, args: TrainingArguments) -> bool:
+    """Say whether scores are remembered in this run.
 
     Raises:
-        ValueError: See :func:`cannot_remember`.
+        ValueError: They cannot be, and the sampler cannot do without.
     """
-    method = settings.importance_method
-    reason = cannot_remember(dataset, args, "history" if method == "auto" else method)
-    if reason is not None and method == "auto":
-        logger.warning("importance_method='auto' chooses between presampling and uniform steps only. %s", reason)
-        return
-    if reason is not None:
+    if not sampler.remembers:
+        return False
+    kind = type(sampler).__name__
+    method = "importance_method='history'" if kind in ("History", "Auto", "Observe") else kind
+    reason = cannot_remember(dataset, args, method)
+    if reason is None:
+        _warn_of_one_epoch(sampler, dataset, args)
+    elif sampler.needs_memory:
         raise ValueError(reason)
-    if method != "auto" and (
-        (
-            0 < args.max_steps
-            and args.max_steps * args.train_batch_size * args.world_size * (args.gradient_accumulation_steps)
-            <= len(dataset)
-        )
-        or (args.max_steps <= 0 and args.num_train_epochs <= 1)
-    ):
+    else:
+        logger.warning("importance_method='auto' chooses between presampling and uniform steps only. %s", reason)
+    return reason is None
+
+
+def _warn_of_one_epoch(sampler: Sampler, dataset: Any, args: TrainingArguments) -> None:
+    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    one_epoch = args.max_steps * step <= len(dataset) if args.max_steps > 0 else args.num_train_epochs <= 1
+    if sampler.needs_memory and one_epoch:
         logger.warning(
-            "importance_method=%r has nothing to remember in a run of one epoch: no example is seen twice, and "
-            "it will train uniformly. Use importance_method='presample', or more epochs.",
-            method,
+            "%s has nothing to remember in a run of one epoch: no example is seen twice, and it will train "
+            "uniformly. Use importance_method='presample', or more epochs.",
+            type(sampler).__name__,
         )
 
 
-def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
+def check_setup(sampler: Sampler, args: TrainingArguments) -> None:
     """Refuse what could not work.
 
     Several GPUs in one process, processes that do not know of each other, ranks with unequal batches, gradient norms
-    under FSDP and DeepSpeed, and a threshold that τ can never pass. A *derived* threshold with that fate only warns:
-    swapping two words must always train.
+    under FSDP and DeepSpeed, and a threshold that τ can never pass.
 
     Raises:
         ValueError: It could not work.
@@ -119,33 +139,35 @@ def check_setup(settings: ImportanceArguments, args: TrainingArguments) -> None:
         )
     check_launch(args, os.environ)
     state = None if args.distributed_state is None else args.distributed_state.distributed_type
-    if settings.importance_score == "gradient_norm" and state in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    check_score(sampler)
+    if sampler.score == "gradient_norm" and state in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         # Tried: under FSDP2 autograd finds none of the parameters, ZeRO-2 raises an IndexError, ZeRO-3 gives others.
         raise ValueError(
-            f"importance_score='gradient_norm' needs the gradients of single examples, and {state.value} takes hold "
-            "of gradients as they are made. Use 'upper_bound', which needs none, or train without it."
-        )
-    if settings.learning_rate_scaling is not None:
-        stepping = str(getattr(args.optim, "value", args.optim))
-        if state == DistributedType.DEEPSPEED or stepping.endswith(("layerwise", "lomo")):
-            where = "DeepSpeed" if state == DistributedType.DEEPSPEED else f"optim={stepping!r}"
-            raise ValueError(
-                f"learning_rate_scaling={settings.learning_rate_scaling!r} raises the learning rate around "
-                f"optimizer.step(), and {where} updates the parameters during the backward pass. Leave it None."
-            )
-    if settings.importance_method in BASELINES and settings.redraw_every == 1 and args.dataloader_num_workers > 0:
-        logger.warning(
-            "redraw_every=1 draws at every optimizer step, and each draw starts dataloader_num_workers=%d processes "
-            "anew. Raise redraw_every, or set dataloader_num_workers=0.",
-            args.dataloader_num_workers,
+            f"score='gradient_norm' needs the gradients of single examples, and {state.value} takes hold of gradients "
+            "as they are made. Use 'upper_bound', which needs none, or train without it."
         )
     if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ValueError(
             "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
             "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
-    if settings.importance_method == "presample":
-        check_threshold(settings, args, args.train_batch_size)
+    check_threshold(sampler, args, args.train_batch_size)
+
+
+def check_score(sampler: Sampler) -> None:
+    """Refuse a score that nobody knows, and one that only a pool can have where scores are remembered.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    if callable(sampler.score):
+        return
+    check_choice("score", sampler.score, ("upper_bound", "loss", "gradient_norm"))
+    if sampler.score == "gradient_norm" and sampler.remembers:
+        raise ValueError(
+            "score='gradient_norm' takes a backward pass an example, and what is remembered are the scores that "
+            "training passes give at no cost. Use 'upper_bound', or importance_method='presample'."
+        )
 
 
 def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> None:
@@ -177,20 +199,21 @@ def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> Non
         )
 
 
-def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batch_size: int) -> None:
-    """Refuse a given threshold that τ can never pass, and warn of a derived one.
+def check_threshold(sampler: Sampler, args: TrainingArguments, batch_size: int) -> None:
+    """Refuse a threshold that τ can never pass, and warn where nothing can be measured.
 
     Args:
-        settings: The threshold.
+        sampler: Of presampling, its threshold.
         args: The accumulation and the number of ranks.
         batch_size: Examples in a micro-batch; ``auto_find_batch_size`` may have lowered it.
 
     Raises:
         ValueError: A given threshold is never passed.
     """
-    examples = batch_size * args.gradient_accumulation_steps * args.world_size
-    highest = math.sqrt(examples)
-    if settings.threshold is None:
+    if not isinstance(sampler, Presample | Auto):
+        return
+    threshold = sampler.threshold if isinstance(sampler, Presample) else None
+    if threshold is None:
         if batch_size * args.gradient_accumulation_steps == 1:
             logger.warning(
                 "Importance sampling will stay off: whether it pays is measured on the examples of one optimizer step "
@@ -198,20 +221,20 @@ def check_threshold(settings: ImportanceArguments, args: TrainingArguments, batc
                 "gradient_accumulation_steps, or set tau_threshold."
             )
         return
-    if settings.threshold < highest:
+    examples = batch_size * args.gradient_accumulation_steps * args.world_size
+    highest = math.sqrt(examples)
+    if threshold < highest:
         return
     message = (
         f"tau is measured on the {examples} examples of one optimizer step while importance sampling is off, so it "
-        f"cannot pass {highest:.3g}, and the {{which}} tau_threshold of {settings.threshold:.3g} is never passed. "
-        f"What to do: take more than {settings.threshold**2:.3g} examples an optimizer step "
+        f"cannot pass {highest:.3g}, and the given tau_threshold of {threshold:.3g} is never passed. "
+        f"What to do: take more than {threshold**2:.3g} examples an optimizer step "
         "(per_device_train_batch_size, gradient_accumulation_steps), or a tau_threshold below "
         f"{highest:.3g}."
     )
-    derived = settings.tau_threshold is None
-    if not derived and batch_size == args.train_batch_size:
-        raise ValueError(message.format(which="given"))
-    which = "derived" if derived else "given"
-    logger.warning("Importance sampling will stay off: %s", message.format(which=which))
+    if batch_size == args.train_batch_size:
+        raise ValueError(message)
+    logger.warning("Importance sampling will stay off: %s", message)
 
 
 def check_batch(batch: Mapping[str, Any], batch_size: int) -> None:

@@ -9,26 +9,26 @@ import toys
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.costs import HYSTERESIS, Plan, plan, price, relative_variance
-from hf_importance.variance import WithReplacement
+from hf_importance.theory.costs import HYSTERESIS, Plan, plan, price, relative_variance
+from hf_importance.theory.variance import WithReplacement
 
 EXAMPLES, BATCH = 256, 16
 STEPS = EXAMPLES // BATCH  # an epoch
 
 
 class Sources(ImportanceTrainer):
-    """Keeps by what each step was drawn, and what it cost in examples."""
+    """Keeps by what each step was drawn, what it was trained on, and how many forward passes scored."""
 
     def __init__(self, *args, **kwargs):
-        self.sources, self.pools, self.kept = [], [], []
+        self.sources, self.kept, self.scoring_passes = [], [], 0
         super().__init__(*args, **kwargs)
+        self.model.register_forward_hook(self.count)
 
-    def _score_pool(self, pool, passes=0):
-        self.pools.append(pool)
-        return super()._score_pool(pool, passes)
+    def count(self, module, *_):
+        self.scoring_passes += not module.training
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.sources.append("history" if self._revisiting else "presample" if self._presampling else "uniform")
+        self.sources.append(self.sampler.source if self.sampler.active else "uniform")
         self.kept.append(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -47,7 +47,7 @@ def even(outputs, labels):
     return torch.ones(len(labels))
 
 
-def trained(tmp_path, score, kappa=None, kind=Sources, data=None, resume=None, **overrides):
+def trained(tmp_path, score, kind=Sources, data=None, resume=None, **overrides):
     settings = {"importance_method": "auto", "max_steps": 6 * STEPS, "logging_steps": 4, **overrides}
     trainer = kind(
         model=toys.bert(dropout=0.1),
@@ -55,9 +55,6 @@ def trained(tmp_path, score, kappa=None, kind=Sources, data=None, resume=None, *
         train_dataset=toys.sentences(EXAMPLES) if data is None else data,
         **({} if score is None else {"compute_score_func": score}),
     )
-    if kappa is not None:
-        begin = trainer._begin_importance
-        trainer._begin_importance = lambda: (begin(), trainer._meter.load(kappa))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -104,14 +101,14 @@ def test_nothing_to_win_is_the_plain_run(tmp_path):
         train_dataset=toys.sentences(EXAMPLES),
     )  # fmt: skip
     plain.train()
-    assert set(ours.sources) == {"uniform"} and len(ours.pools) == 6
+    assert set(ours.sources) == {"uniform"} and ours.scoring_passes == 6
     assert torch.equal(parameters(ours), parameters(plain))
 
 
 def test_what_can_be_remembered_is(tmp_path):
     ours = trained(tmp_path, persistent, kappa=0.8, importance_budget="constant_variance")
     assert spans(ours.sources)[-1][0] == "history" and "presample" not in ours.sources
-    assert not ours.pools
+    assert ours.scoring_passes == 0
 
 
 def test_what_cannot_be_remembered_is_presampled(tmp_path):
@@ -142,13 +139,14 @@ def test_presampling_gives_way_to_memory_once_that_is_cheaper(tmp_path):
 def test_hysteresis_keeps_the_source(tmp_path):
     # Off above a price of 1, on below 1 / 1.05: in between it stays what it is.
     ours = trained(tmp_path, even, kappa=0.1, max_steps=2)
-    assert ours._meter.measured
+    assert not ours.sampler.active
     prices = iter([0.97, 0.94, 0.97, 1.01, 0.97])
-    ours._presampling_price = lambda: next(prices)
+    fresh = ours.sampler.fresh
+    fresh.price = lambda: next(prices)
     found = []
     for _ in range(5):
-        ours._switch.turn(ours._presampling_pays())
-        found.append(ours._switch.active)
+        fresh.learn(2.0, [])
+        found.append(ours.sampler.active)
     assert found == [False, True, True, False, False]
     assert 1 / HYSTERESIS > 0.94
 
@@ -157,7 +155,8 @@ def test_hysteresis_keeps_the_source(tmp_path):
 
 
 def test_pools_fill_the_table(tmp_path):
-    ours = trained(tmp_path, persistent, kappa=0.02, max_steps=STEPS // 2, importance_budget="constant_variance")
+    settings = {"importance_budget": "constant_variance", "max_steps": STEPS // 2, "logging_steps": 1}
+    ours = trained(tmp_path, persistent, kappa=0.02, **settings)
     assert "presample" in ours.sources
     table = ours.importance_table()
     labels = torch.as_tensor(toys.sentences(EXAMPLES)["labels"])
@@ -165,10 +164,11 @@ def test_pools_fill_the_table(tmp_path):
     seen = ~scores.isnan()
     assert torch.equal(scores[seen], persistent(None, labels)[seen])
     steps = ours.sources.index("presample")
-    assert int(seen.sum()) > steps * BATCH + len(ours.pools[0])
+    log = [e for e in ours.state.log_history if "loss" in e]
+    first_pool = log[steps]["importance/examples_scored"]
+    assert first_pool > BATCH and int(seen.sum()) > steps * BATCH + first_pool
     # Only what was trained on counts as a visit, and its weights add up to as many, in expectation.
-    log = [e for e in ours.state.log_history if "loss" in e][-1]
-    assert sum(table["visits"][:]) == log["importance/examples_trained"] < int(seen.sum())
+    assert sum(table["visits"][:]) == log[-1]["importance/examples_trained"] < int(seen.sum())
     drawn = sum(float(b["importance_weights"].sum()) for b in ours.kept if "importance_weights" in b)
     assert sum(table["weight_sum"][:]) == pytest.approx(steps * BATCH + drawn, rel=0.35)
 
@@ -188,12 +188,11 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, score, kapp
         assert torch.equal(parameters(whole), parameters(resumed)), step
         assert whole.importance_table()["score"][:] == resumed.importance_table()["score"][:]
         # The pairs that the next calibration is made of, too, which decide only later.
-        ours, theirs = (trainer._remembering.history.tensors() for trainer in (whole, resumed))
-        assert torch.equal(ours["paired"], theirs["paired"])
-        assert torch.equal(ours["pairs"].nan_to_num(-1), theirs["pairs"].nan_to_num(-1))
+        ours, theirs = (trainer.sampler.run.table.pairs for trainer in (whole, resumed))
+        assert len(ours) and torch.equal(ours, theirs)
 
 
-# ---- What has no index, and what is refused ----
+# ---- What has no index, and what has no effect ----
 
 
 def test_a_stream_is_presampled_or_not_and_a_warning_says_so(tmp_path, caplog):
@@ -203,6 +202,9 @@ def test_a_stream_is_presampled_or_not_and_a_warning_says_so(tmp_path, caplog):
     assert "chooses between presampling and uniform steps only" in caplog.text and "must be map-style" in caplog.text
 
 
-def test_a_threshold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"tau_threshold=2.0 has no meaning with importance_method='auto'"):
-        toys.arguments(tmp_path, importance_method="auto", tau_threshold=2.0)
+def test_a_threshold_has_no_effect_and_a_warning_says_so(tmp_path, caplog):
+    plain = trained(tmp_path / "plain", persistent, kappa=0.02, max_steps=STEPS)
+    assert "no effect" not in caplog.text
+    ours = trained(tmp_path / "ours", persistent, kappa=0.02, max_steps=STEPS, tau_threshold=3.0)
+    assert "tau_threshold: no effect with importance_method='auto'." in caplog.text
+    assert ours.sources == plain.sources and "presample" in ours.sources

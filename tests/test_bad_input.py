@@ -7,7 +7,7 @@ import torch
 import toys
 from transformers import BertConfig, BertModel, Trainer
 
-from hf_importance import ImportanceArguments, ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -17,23 +17,44 @@ from hf_importance import ImportanceArguments, ImportanceTrainer, ImportanceTrai
         ("presample_ratio", float("inf"), "presample_ratio must be a finite number above 1, or 'auto', but it is inf"),
         ("presample_ratio", float("nan"), "presample_ratio must be a finite number above 1, or 'auto', but it is nan"),
         ("presample_ratio", "big", "presample_ratio must be a finite number above 1, or 'auto', but it is big"),
-        ("tau_threshold", 1.0, "tau_threshold must be a finite number above 1, or 'auto', but it is 1.0"),
-        ("tau_threshold", float("inf"), "tau_threshold must be a finite number above 1, or 'auto', but it is inf"),
+        ("tau_threshold", 1.0, "tau_threshold must be a finite number above 1, but it is 1.0"),
+        ("tau_threshold", float("inf"), "tau_threshold must be a finite number above 1, but it is inf"),
+        ("tau_threshold", "auto", "tau_threshold must be a finite number above 1, but it is auto"),
         ("importance_budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
-        ("variance_margin", 0.9, "variance_margin must be a finite number of at least 1, but it is 0.9"),
-        ("scoring_dtype", "int8", "scoring_dtype must be one of 'bf16', 'fp16', 'fp32', but it is 'int8'"),
-        ("tau_momentum", 1.0, r"tau_momentum must lie in \[0, 1\), but it is 1.0"),
-        ("tau_momentum", -0.1, r"tau_momentum must lie in \[0, 1\), but it is -0.1"),
-        ("tau_momentum", float("nan"), r"tau_momentum must lie in \[0, 1\), but it is nan"),
+        ("scoring_dtype", "int8", "scoring_dtype must be one of None, 'bf16', 'fp16', 'fp32', but it is 'int8'"),
         ("scoring_batch_size", 0, "scoring_batch_size must be at least 1, but it is 0"),
-        ("importance_score", "entropy", "one of 'upper_bound', 'loss', 'gradient_norm', but it is 'entropy'"),
-        ("batch_norm", "eval", "one of 'untouched', 'batch', 'weighted', 'running', 'frozen', but it is 'eval'"),
-        ("resampling", "poisson", "one of 'systematic', 'multinomial', but it is 'poisson'"),
+        ("importance_score", "entropy", "importance_score must be one of 'upper_bound', 'loss', but it is 'entropy'"),
+        ("importance_score", "gradient_norm", "one of 'upper_bound', 'loss', but it is 'gradient_norm'"),
+        ("batch_norm", "eval", "batch_norm must be one of 'untouched', 'frozen', but it is 'eval'"),
+        ("importance_kwargs", "{margin", r"importance_kwargs must be a dict or JSON of one, but it is '\{margin'"),
+        ("importance_kwargs", [1], r"importance_kwargs must be a dict or JSON of one, but it is \[1\]"),
     ],
 )
 def test_an_argument_out_of_range(tmp_path, argument, value, message):
     with pytest.raises(ValueError, match=message):
         ImportanceTrainingArguments(output_dir=str(tmp_path), **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("margin", 0.9, "margin must be a finite number of at least 1, but it is 0.9"),
+        ("momentum", 1.0, r"momentum must be a number in \[0, 1\), but it is 1.0"),
+        ("momentum", -0.1, r"momentum must be a number in \[0, 1\), but it is -0.1"),
+        ("momentum", float("nan"), r"momentum must be a number in \[0, 1\), but it is nan"),
+        ("momentum", "much", r"momentum must be a number in \[0, 1\), but it is 'much'"),
+        ("resampling", "poisson", "resampling must be one of 'systematic', 'multinomial', but it is 'poisson'"),
+        ("bias", 2, r"bias must be a number in \[0, 1\], but it is 2"),
+        ("kappa", 0.0, r"kappa must be a number in \(0, 1\], but it is 0.0"),
+        ("score", "entropy", "score must be one of 'upper_bound', 'loss', 'gradient_norm', but it is 'entropy'"),
+        ("budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
+        ("share", 0.1, "importance_kwargs has 'share', which importance_method='presample' does not know. It knows"),
+    ],
+)
+def test_a_setting_of_the_method_out_of_range(tmp_path, name, value, message):
+    args = ImportanceTrainingArguments(output_dir=str(tmp_path), use_cpu=True, importance_kwargs={name: value})
+    with pytest.raises(ValueError, match=message):
+        ImportanceTrainer(toys.bert(), args)
 
 
 def test_a_threshold_that_tau_can_never_pass(tmp_path, digits):
@@ -46,14 +67,15 @@ def test_a_threshold_that_tau_can_never_pass(tmp_path, digits):
     ImportanceTrainer(toys.vit(), toys.arguments(tmp_path, tau_threshold=2.8, **settings), train_dataset=digits)
 
 
-def test_a_derived_threshold_that_tau_can_never_pass_warns_once_and_trains(tmp_path, digits, caplog):
-    args = toys.arguments(tmp_path, per_device_train_batch_size=4, max_steps=2)
+def test_a_step_of_one_example_warns_once_and_trains(tmp_path, digits, caplog):
+    args = ImportanceTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, max_steps=2, use_cpu=True, report_to="none"
+    )
     with caplog.at_level(logging.WARNING, "hf_importance"):
         toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(32)))
     messages = [r.getMessage() for r in caplog.records if "stay off" in r.getMessage()]
     assert len(messages) == 1
-    assert "derived tau_threshold of 2" in messages[0]
-    assert "more than 4 examples" in messages[0]
+    assert "1 says nothing. What to do: raise per_device_train_batch_size" in messages[0]
 
 
 def test_a_model_whose_loss_is_not_known_to_split(tmp_path, digits):
@@ -163,7 +185,7 @@ def test_a_loss_function_that_splits_by_example_is_weighted(tmp_path, digits, fu
     assert trainer.state.log_history[-2]["importance/active_share"] == 1
     batch = digits[:6]
     weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0])
-    trainer._step_items = None
+    trainer._objective.step_items = None
     found = trainer.compute_loss(trainer.model, {**batch, "importance_weights": weights})
     logits = trainer.model(pixel_values=batch["pixel_values"]).logits
     each = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
@@ -181,19 +203,30 @@ def test_a_loss_function_that_does_not_split_is_refused(tmp_path, digits):
         )
 
 
+BOTH, AUTO = ("constant_variance", "constant_variance"), {"importance_method": "auto"}
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "ratio", "threshold", "budgets"),
     [
-        ({}, ("auto", "constant_variance", None)),
-        ({"importance_method": "auto"}, ("auto", "constant_variance", None)),
-        # The paper's recipe.
-        ({"presample_ratio": 3.0, "resampling": "multinomial"}, (3.0, "variance", 2.0)),
-        ({"presample_ratio": 3.0, "tau_threshold": "auto"}, (3.0, "variance", None)),
-        ({"learning_rate_scaling": "sqrt"}, ("auto", "variance", None)),
-        ({"importance_method": "history"}, ("auto", "variance", None)),
-        ({"importance_budget": "constant_time"}, ("auto", "constant_time", None)),
+        ({}, None, None, "constant_variance"),
+        ({"presample_ratio": 3.0}, 3.0, None, "variance"),
+        ({"presample_ratio": 3.0, "tau_threshold": 2.0}, 3.0, 2.0, "variance"),
+        ({"importance_budget": "constant_time"}, None, None, "constant_time"),
+        ({"importance_method": "history"}, None, None, "variance"),
+        (AUTO, None, None, BOTH),
+        ({"importance_method": "observe"}, None, None, BOTH),
+        ({**AUTO, "presample_ratio": 3.0}, 3.0, None, ("variance", "variance")),
+        # By memory a step costs what a uniform one does, whatever the noise.
+        ({**AUTO, "importance_budget": "constant_time"}, None, None, ("constant_time", "variance")),
     ],
 )
-def test_what_is_left_out_follows_from_what_is_given(given, expected):
-    found = ImportanceArguments(**given)
-    assert (found.presample_ratio, found.importance_budget, found.threshold) == expected
+def test_what_is_left_out_follows_from_what_is_given(tmp_path, given, ratio, threshold, budgets):
+    args = ImportanceTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+    before = dict(vars(args))
+    found = ImportanceTrainer(toys.bert(), args).sampler
+    assert vars(args) == before  # a field holds what was given
+    assert (args.ratio, args.threshold) == (ratio, threshold)
+    assert (getattr(found, "ratio", ratio), getattr(found, "threshold", threshold)) == (ratio, threshold)
+    parts = (found,) if isinstance(budgets, str) else (found.fresh, found.remembered)
+    assert [part.budget for part in parts] == ([budgets] if isinstance(budgets, str) else list(budgets))

@@ -3,6 +3,7 @@
 import random
 import statistics
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,17 +11,15 @@ import torch
 import toys
 from torch.utils.data import DataLoader, default_collate
 
-from hf_importance import ImportanceTrainer
-from hf_importance.batches import (
-    Padding,
-    Pool,
-    Reserve,
-    ReserveDataset,
-    batch_size_of,
-    isolated_rng,
-    merge_rows,
-    split_evenly,
-)
+from hf_importance import ImportanceTrainer, Visits
+from hf_importance.batches.entries import batch_size_of
+from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
+from hf_importance.batches.pool import Padding, PooledBatches, merge_rows
+from hf_importance.batches.random import isolated_rng
+from hf_importance.batches.reserve import Reserve, ReserveDataset, split_evenly
+from hf_importance.batches.visits import Order
+from hf_importance.run.feed import Feed
+from hf_importance.run.ranks import Ranks
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -150,7 +149,7 @@ def test_nested_entries_lists_and_shared_values_are_merged():
 
 
 def test_a_pool_gives_its_rows_back_by_index():
-    pool = Pool([{"x": torch.arange(3)}, {"x": torch.arange(3, 5)}, {"x": torch.arange(5, 9)}], Padding())
+    pool = PooledBatches([{"x": torch.arange(3)}, {"x": torch.arange(3, 5)}, {"x": torch.arange(5, 9)}], Padding())
     index = torch.tensor([8, 0, 4, 0, 5])
     batch, order = pool.take(index)
     assert torch.equal(batch["x"], index[order])
@@ -188,6 +187,27 @@ def test_digits_come_collated_as_the_trainer_collates(digits):
     assert toys.vit()(batch["pixel_values"]).logits.shape == (4, 10)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_visits_hand_out_all_examples_however_they_split(ranks):
+    data = IndexedDataset([{"x": torch.tensor(i)} for i in range(64)])
+    loader = DataLoader(data, 8, collate_fn=IndexedCollator(default_collate))
+    for micro_batches in (1, 7, 11, 13, 19, 22):
+        for examples in range(micro_batches, 65 // ranks):
+            index = torch.randperm(64)[: ranks * examples]
+            rows, sizes = [], set()
+            for rank in range(ranks):
+                place = Ranks(SimpleNamespace(num_processes=ranks, process_index=rank))
+                place.gather_number = lambda value: [value] * ranks
+                feed = Feed(loader, place, Padding(), 0, 8, 1, 8, None, skipped=lambda: 0)
+                feed.visit(Visits(index, torch.ones(len(index)), micro_batches))
+                order = Order(*feed.tensors().values(), feed.state.visits.batch_size, micro_batches, 0)
+                parts = [order.index[order.rows(micro, rank, ranks)] for micro in range(micro_batches)]
+                rows += torch.cat(parts).tolist()
+                sizes |= {len(part) for part in parts}
+            assert sorted(rows) == sorted(index.tolist())
+            assert max(sizes) - min(sizes) <= 1
+
+
 def test_an_example_of_a_pool_is_waited_for_no_longer_than_one_of_a_plain_step(tmp_path, digits):
     # Loading an example takes 6 ms, a training step 90 ms: without loading ahead, 16 of a pool of 24 would be waited
     # for, 4 ms an example of it.
@@ -208,22 +228,27 @@ def test_an_example_of_a_pool_is_waited_for_no_longer_than_one_of_a_plain_step(t
             return super().get_batch_samples(*args)
 
         def training_step(self, *args, **kwargs):
-            if not self._switch.active:
+            if not self.sampler.active:
                 self.waited.append((time.perf_counter() - self.started) / 8)
             time.sleep(0.09)
             return super().training_step(*args, **kwargs)
-
-        def _score(self, pools, passes=0):
-            self.waited.append((time.perf_counter() - self.started) / sum(map(len, pools)))
-            return super()._score(pools, passes)
 
     def waits(**overrides):
         args = toys.arguments(
             tmp_path, per_device_train_batch_size=8, dataloader_num_workers=2, max_steps=12, **overrides
         )
-        trainer = toys.run(Waits, toys.vit(), args, Loading())
-        return statistics.median(trainer.waited[3:])
+        trainer = Waits(toys.vit(), args, train_dataset=Loading())
 
-    plain = waits(tau_threshold=2.8)
-    importance = waits(tau_threshold=1 + 1e-9, tau_momentum=0.0)
+        def score(outputs, labels):
+            if not trainer.model.training:  # all of the pool has come
+                trainer.waited.append((time.perf_counter() - trainer.started) / 24)
+            return 1.0 + labels % 3
+
+        trainer.compute_score_func = score
+        trainer.train()
+        return statistics.median(trainer.waited[3:]), trainer.sampler.active
+
+    plain, off = waits(tau_threshold=2.8)
+    importance, on = waits(tau_threshold=1 + 1e-9, momentum=0.0)
+    assert on and not off
     assert importance < plain + 0.002

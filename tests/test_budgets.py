@@ -10,34 +10,29 @@ import torch
 import toys
 
 from hf_importance import ImportanceTrainer
-from hf_importance.batches import Padding, Pool
-from hf_importance.costs import plan
-from hf_importance.heads import ClassificationHead
-from hf_importance.presampling import keep_own, stand_for
-from hf_importance.sampling import inclusion_probabilities
-from hf_importance.variance import WithoutReplacement, inverse_moments
+from hf_importance.batches.pool import Padding, PooledBatches, keep_own, stand_for
+from hf_importance.heads.tasks import ClassificationHead
+from hf_importance.theory.costs import plan
+from hf_importance.theory.sampling import inclusion_probabilities
+from hf_importance.theory.variance import WithoutReplacement, inverse_moments
 
 
 class Sizes(ImportanceTrainer):
-    """Keeps the size of every pool and of every batch trained on."""
+    """Keeps the size of every batch trained on, and of every pool where each step is logged."""
 
     def __init__(self, *args, **kwargs):
-        self.pools, self.kept, self.taus = [], [], []
+        self.kept = []
         super().__init__(*args, **kwargs)
-
-    def _score_pool(self, pool, passes=0):
-        self.pools.append(len(pool))
-        return super()._score_pool(pool, passes)
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.kept.append(len(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
 
-
-def know(trainer, kappa):
-    """Let a trainer begin with a measured kappa, as one does that resumes."""
-    begin = trainer._begin_importance
-    trainer._begin_importance = lambda: (begin(), trainer._meter.load(kappa))
+    @property
+    def pools(self):
+        scored = [e["importance/examples_scored"] for e in self.state.log_history if "loss" in e]
+        assert len(scored) == self.state.global_step
+        return [after - before for before, after in itertools.pairwise([0, *scored]) if after > before]
 
 
 def skewed(outputs, labels):
@@ -52,16 +47,16 @@ def test_the_gradient_of_a_smaller_batch_is_unbiased_over_every_outcome(tmp_path
     trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
     data = toys.sentences(seed=3)
     pools = [
-        Pool([data[0:3], data[3:5]], Padding()),
-        Pool([data[5:7], data[7:9]], Padding()),
+        PooledBatches([data[0:3], data[3:5]], Padding()),
+        PooledBatches([data[5:7], data[7:9]], Padding()),
     ]
     head = ClassificationHead("single_label_classification", 4, 0.0)
     share = 0.6
 
-    def gradient(drawn, items):
-        trainer._step_items = items
+    def gradient(batch, items):
+        trainer._objective.step_items = items
         model.zero_grad()
-        trainer.compute_loss(model.train(), drawn.batch).backward()
+        trainer.compute_loss(model.train(), batch).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
 
     counts = [torch.tensor([len(batch["labels"]) for batch in pool.batches], dtype=torch.float64) for pool in pools]
@@ -76,11 +71,11 @@ def test_the_gradient_of_a_smaller_batch_is_unbiased_over_every_outcome(tmp_path
         for order in itertools.permutations(range(len(pool))):
             for p, drawn in reference.systematic_outcomes(pi.tolist(), list(order)):
                 index = torch.tensor(drawn)
-                outcome = stand_for(pool, index, kept / (len(pool) * pi[index]), share)
+                outcome, _ = stand_for(pool, index, kept / (len(pool) * pi[index]), share)
                 found = found + p / math.factorial(len(pool)) * gradient(outcome, total_items)
         # A uniform step of 3 and 2 examples: the mean over the pool, as often as the own batch has examples.
         ones = torch.ones(len(pool), dtype=torch.float64)
-        uniform = stand_for(pool, torch.arange(len(pool)), ones, share=1.0)
+        uniform, _ = stand_for(pool, torch.arange(len(pool)), ones, share=1.0)
         expected = expected + gradient(uniform, 5.0)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -89,18 +84,18 @@ def test_a_non_finite_step_has_the_same_scale(tmp_path):
     model = toys.bert()
     trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
     data = toys.sentences(seed=3)
-    own = keep_own(Pool([data[0:3], data[3:5]], Padding()), share=0.4)
-    trainer._step_items = 3 * 0.4
-    torch.testing.assert_close(trainer.compute_loss(model.train(), own.batch), model(**data[0:3]).loss)
+    own, _ = keep_own(PooledBatches([data[0:3], data[3:5]], Padding()), share=0.4)
+    trainer._objective.step_items = 3 * 0.4
+    torch.testing.assert_close(trainer.compute_loss(model.train(), own), model(**data[0:3]).loss)
 
 
 @pytest.mark.parametrize("budget", ["variance", "constant_variance", "constant_time"])
 @pytest.mark.parametrize("ratio", [3.0, 2.5, "auto"])
 def test_pool_and_batch_are_what_the_rule_says(tmp_path, digits, budget, ratio):
-    args = toys.always_on(tmp_path, importance_budget=budget, presample_ratio=ratio, tau_momentum=0.9, max_steps=8)
+    settings = {"importance_budget": budget, "presample_ratio": ratio, "momentum": 0.9, "kappa": 0.1}
+    args = toys.always_on(tmp_path, max_steps=8, logging_steps=1, **settings)
     data = digits.select(range(128))
     trainer = Sizes(model=toys.vit(), args=args, train_dataset=data, compute_score_func=skewed)
-    know(trainer, 0.1)
     trainer.train()
     # Step 1 is uniform, and all that is known after it are its scores.
     assert trainer.kept[0] == 16
@@ -119,7 +114,8 @@ def test_pool_and_batch_are_what_the_rule_says(tmp_path, digits, budget, ratio):
 
 
 def test_pool_and_batch_follow_the_scores(tmp_path, digits):
-    args = toys.always_on(tmp_path, presample_ratio="auto", importance_budget="constant_variance", tau_momentum=0.5)
+    settings = {"presample_ratio": "auto", "importance_budget": "constant_variance", "momentum": 0.5}
+    args = toys.always_on(tmp_path, logging_steps=1, **settings)
 
     def harder(outputs, labels):
         """Every other example, later one in 8."""
@@ -142,7 +138,7 @@ def test_a_time_that_cannot_be_kept_is_said_once(tmp_path, digits, caplog):
 
 
 def test_a_stream_completes_the_pool_in_whole_batches(tmp_path, digits):
-    args = toys.always_on(tmp_path, presample_ratio="auto", max_steps=3)
+    args = toys.always_on(tmp_path, presample_ratio="auto", max_steps=3, logging_steps=1)
     stream = digits.select(range(256)).to_iterable_dataset()
     trainer = Sizes(model=toys.vit(), args=args, train_dataset=stream, compute_score_func=skewed)
     trainer.train()
@@ -154,42 +150,37 @@ def test_a_stream_completes_the_pool_in_whole_batches(tmp_path, digits):
 def test_two_runs_with_a_pool_that_changes_are_the_same_run(tmp_path, digits, workers):
     def parameters():
         args = toys.always_on(
-            tmp_path, presample_ratio="auto", tau_momentum=0.7, dataloader_num_workers=workers, max_steps=5
+            tmp_path, presample_ratio="auto", momentum=0.7, kappa=0.2, dataloader_num_workers=workers, max_steps=5
         )
         trainer = ImportanceTrainer(
             model=toys.vit(), args=args, train_dataset=toys.Augmented(digits.select(range(128)))
         )
-        know(trainer, 0.2)
         trainer.train()
         return torch.cat([p.flatten() for p in trainer.model.parameters()])
 
     assert torch.equal(parameters(), parameters())
 
 
-@pytest.mark.parametrize(("policy", "fewest"), [("untouched", 16), ("weighted", 16), ("running", 1), ("frozen", 1)])
+@pytest.mark.parametrize(("policy", "fewest"), [("untouched", 16), ("frozen", 1)])
 def test_batch_norm_never_normalises_by_a_handful(tmp_path, digits, policy, fewest):
     data = digits.select(range(128)).map(
         lambda e: {"pixel_values": torch.nn.functional.interpolate(e["pixel_values"][None], 8)[0]}
     )
-    args = toys.always_on(
-        tmp_path, presample_ratio="auto", importance_budget="constant_variance", tau_momentum=0.0, batch_norm=policy
-    )
+    settings = {"presample_ratio": "auto", "importance_budget": "constant_variance", "kappa": 0.01}
+    args = toys.always_on(tmp_path, batch_norm=policy, **settings)
     one = lambda outputs, labels: (torch.arange(len(labels)) == 0).float()  # noqa: E731
     trainer = Sizes(model=toys.resnet(), args=args, train_dataset=data, compute_score_func=one)
-    know(trainer, 0.01)
     trainer.train()
     assert min(trainer.kept) in (fewest, fewest + 1)  # the margin is rounded up
 
 
 def test_presampling_tolerates_two_percent_before_it_goes_off(tmp_path, digits):
-    args = toys.arguments(tmp_path, presample_ratio="auto", max_steps=2)
-    trainer = Sizes(model=toys.vit(), args=args, train_dataset=digits.select(range(128)))
-    know(trainer, 0.2)
-    trainer.train()
+    args = toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, kappa=0.2, max_steps=2)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
     prices, found = iter([1.01, 0.99, 1.01, 1.03, 1.01]), []
-    trainer._presampling_price = lambda: next(prices)
-    trainer._switch.active = False
+    assert not trainer.sampler.active
+    trainer.sampler.price = lambda: next(prices)
     for _ in range(5):
-        trainer._switch.turn(trainer._presampling_pays())
-        found.append(trainer._switch.active)
+        trainer.sampler.learn(2.0, [])
+        found.append(trainer.sampler.active)
     assert found == [False, True, True, False, False]

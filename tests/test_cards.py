@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.cards import FIGURE, TAG
+from hf_importance.reporting.cards import FIGURE, TAG
 
 KEPT = sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
 
@@ -53,7 +53,7 @@ def test_a_run_writes_a_card_with_method_compute_course_arguments_and_paper(trai
     assert compute in text
     assert f"]({FIGURE})" in text
     assert f"| `eval_loss` | {evaluation['eval_loss']:.4g} | 1.5 |" in text
-    assert "| `presample_ratio` | `3.0` |" in text and "| `tau_momentum` | `0.0` |" in text
+    assert "| `presample_ratio` | `3.0` |" in text and "| `importance_kwargs` | `{'momentum': 0.0}` |" in text
 
 
 def test_a_second_card_replaces_the_first(trainer, tmp_path):

@@ -1,13 +1,21 @@
 """Resuming with other settings than the run was saved with works, and says what it did with both values."""
 
+import dataclasses
 import logging
+import math
 import re
 
 import pytest
+import torch
 import toys
+from test_history import ALONE
 from test_resume import build
+from torch.utils.data import DataLoader, default_collate
 
-from hf_importance.checkpoint import resumed_position
+from hf_importance import Pool
+from hf_importance.batches.pool import Padding
+from hf_importance.batches.reserve import ReserveDataset
+from hf_importance.run.feed import Feed
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +28,17 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"presample_ratio": 4.0}, r"presample_ratio was 3.0 and is 4.0: the reserve goes on behind the pools"),
+        ({"presample_ratio": 4.0}, r"ratio was 3.0 and is 4.0: the reserve goes on behind the pools already drawn"),
         ({"per_device_train_batch_size": 8}, r"per_device_train_batch_size was 16 and is 8: .* not as many examples"),
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps was 1 and is 2: Trainer skips the batches"),
-        ({"resampling": "multinomial"}, r"resampling was systematic and is multinomial: it holds from the next step"),
-        ({"importance_score": "loss"}, r"importance_score was upper_bound and is loss: tau forgets the old scores"),
-        ({"tau_momentum": 0.5}, r"tau_momentum was 0.0 and is 0.5: it holds from the next step on"),
-        ({"tau_threshold": 2.5}, r"tau_threshold was 1.000000001 and is 2.5: it holds from the next step on"),
+        ({"resampling": "multinomial"}, r"resampling was 'systematic' and is 'multinomial': it holds from the next s"),
+        ({"importance_score": "loss"}, r"score was 'upper_bound' and is 'loss': tau forgets the old scores"),
+        ({"momentum": 0.5}, r"momentum was 0.0 and is 0.5: it holds from the next step on"),
+        ({"tau_threshold": 2.5}, r"threshold was 1.000000001 and is 2.5: it holds from the next step on"),
+        (
+            {"importance_method": "auto", "tau_threshold": None},
+            r"was Presample and is Auto: it begins anew, off",
+        ),
         ({"seed": 7}, r"seed was 42 and is 7: other examples are drawn, and this epoch has another order"),
         ({"examples": 192}, r"train_dataset length was 128 and is 192: this epoch has another order, .* twice"),
         ({"examples": 60}, r"train_dataset length was 128 and is 60: this epoch has another order"),
@@ -44,7 +56,7 @@ def test_it_goes_on_and_says_what_changed(tmp_path, saved, caplog, change, messa
     assert len(found) == 1
     assert re.search(message, found[0].getMessage()), found[0].getMessage()
     assert trainer.state.global_step == 10
-    assert trainer._report.totals.examples_trained > 80  # the counts go on
+    assert trainer._run.report.totals.examples_trained > 80  # the counts go on
 
 
 def test_nothing_is_said_where_nothing_changed(tmp_path, saved, caplog):
@@ -58,7 +70,7 @@ def test_several_changes_are_one_line(tmp_path, saved, caplog):
     with caplog.at_level(logging.WARNING, "hf_importance"):
         trainer.train(resume_from_checkpoint=saved)
     (record,) = [r for r in caplog.records if "other settings" in r.getMessage()]
-    assert "presample_ratio was 3.0 and is 2.0" in record.getMessage()
+    assert "ratio was 3.0 and is 2.0" in record.getMessage()
     assert "seed was 42 and is 7" in record.getMessage()
 
 
@@ -79,8 +91,21 @@ def test_a_dataset_that_shrank_below_a_pool_is_refused(tmp_path, saved):
     ],
 )
 def test_the_reserve_goes_on_behind_the_pools_that_were_drawn(old, new, position, expected):
-    records = [{"presample_ratio": r, "per_device_train_batch_size": b} for r, b in (old, new)]
-    assert resumed_position(position, *records) == expected
+    def pool(ratio, batch):
+        return Pool(math.ceil(ratio * batch), batch)
+
+    def reserve(batch):
+        loader = DataLoader([{"x": torch.tensor(i)} for i in range(200)], batch)
+        return Feed(loader, ALONE, Padding(), 7, batch, 1, 1, None, skipped=lambda: 0)
+
+    before, after = reserve(old[1]), reserve(new[1])
+    before.rest_of(pool(*old), iter(()))
+    after.load(dataclasses.replace(before.where(), reserve=position), {}, False, "")
+    found = after.rest_of(pool(*new), iter(()))
+    assert after.where().reserve == expected + len(found)
+    whole = ReserveDataset(after.loader.dataset, default_collate, [len(part["x"]) for part in found], 7, 0)
+    for part, batch in enumerate(found):
+        assert batch["x"].tolist() == whole.indices(expected + part)
 
 
 def test_without_importance_sampling_in_between_it_starts_fresh(tmp_path, saved, caplog):

@@ -1,15 +1,19 @@
 """Scoring is cheaper than a forward pass of what came, and says the same: sorted by length, in bf16, compiled."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import toys
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
-from hf_importance import ImportanceTrainer
-from hf_importance.batches import Padding, Pool, sort_by_length
-from hf_importance.heads import ClassificationHead
-from hf_importance.presampling import autocast_to, score_pool
+from hf_importance import ImportanceTrainer, Pool, Presample
+from hf_importance.batches.lengths import sort_by_length
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.tasks import ClassificationHead
+from hf_importance.objective.scorer import Scorer, autocast_to
 
 HEAD = ClassificationHead("single_label_classification", 4, 0.0)
 
@@ -80,62 +84,78 @@ def test_nothing_is_cut_where_columns_may_mean_something_else():
 
 def test_scores_are_those_of_the_unsorted_texts():
     model, batches = toys.bert(dropout=0.3), batches_of(8, texts(32))
-    plain = score_pool(model, Pool(batches, Padding()), HEAD, "upper_bound", None, None)
-    ordered = score_pool(
-        model, Pool(sort_by_length(batches, 8, Padding()), Padding()), HEAD, "upper_bound", None, None
-    )
+    plain = toys.score_pool(model, PooledBatches(batches, Padding()), HEAD)
+    ordered = toys.score_pool(model, PooledBatches(sort_by_length(batches, 8, Padding()), Padding()), HEAD)
     torch.testing.assert_close(plain.sort().values, ordered.sort().values, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path):
+def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path, monkeypatch):
     seen = {"scored": 0, "needed": 0}
+    score = Scorer.__call__
 
-    class Count(ImportanceTrainer):
-        def _score_pool(self, pool, passes=0):
-            for batch in pool.batches[1:]:
-                seen["scored"] += batch["input_ids"].numel()
-                seen["needed"] += int(batch["attention_mask"].sum())
-            return super()._score_pool(pool, passes)
+    def counted(self, pool, *args):
+        for batch in pool.batches[1:]:
+            seen["scored"] += batch["input_ids"].numel()
+            seen["needed"] += int(batch["attention_mask"].sum())
+        return score(self, pool, *args)
 
+    monkeypatch.setattr(Scorer, "__call__", counted)
     data = Dataset.from_list(texts(96))
     args = toys.always_on(tmp_path, scoring_batch_size=8, max_steps=6)
-    toys.run(Count, toys.bert(), args, data, data_collator=DataCollatorWithPadding(Tokenizer()))
+    toys.run(ImportanceTrainer, toys.bert(), args, data, data_collator=DataCollatorWithPadding(Tokenizer()))
     # As they were loaded, padded to the longest of 16, they would be more than 3 times as many.
     assert 0 < seen["scored"] < 2 * seen["needed"]
 
 
+@dataclass
+class OfSize(Presample):
+    """Scores a pool of one size in every step, and keeps what it saw."""
+
+    size: int = 16
+    remembers = True
+
+    def pool(self):
+        return Pool(self.size, self.run.batch_size, varies=True)
+
+    def keep(self, pool):
+        self.seen = pool
+        return super().keep(pool)
+
+
 @pytest.mark.parametrize(
-    ("texts", "reserve", "given", "expected"),
+    ("texts", "size", "given", "expected"),
     [
-        (False, [4, 4], None, [24]),
-        (False, [4] * 4, None, [32]),
-        (False, [4] * 6, None, [20, 20]),
-        (False, [4, 4], 16, [12, 12]),
-        (True, [4, 4], None, [16, 8]),
+        (False, 24, None, [24]),
+        (False, 32, None, [32]),
+        (False, 40, None, [20, 20]),
+        (False, 24, 16, [12, 12]),
+        (True, 24, None, [16, 8]),
     ],
 )
-def test_a_pool_takes_as_few_passes_as_may_be(tmp_path, digits, texts, reserve, given, expected):
-    data = toys.sentences(64) if texts else digits.select(range(64))
-    args = toys.arguments(tmp_path, presample_ratio="auto", scoring_batch_size=given)
-    trainer = ImportanceTrainer(model=toys.bert() if texts else toys.vit(), args=args, train_dataset=data)
-    batches, start = [], 0
-    for size in [16, *reserve]:
-        batches.append(trainer.data_collator([data[i] for i in range(start, start + size)]))
-        start += size
+def test_a_pool_takes_as_few_passes_as_may_be(tmp_path, digits, texts, size, given, expected):
+    data, model = (toys.sentences(64), toys.bert()) if texts else (digits.select(range(64)), toys.vit())
+    settings = {"presample_ratio": "auto", "tau_threshold": None, "learning_rate": 0.0}
+    args = toys.arguments(tmp_path, max_steps=1, scoring_batch_size=given, **settings)
     sizes = []
-    trainer.model.register_forward_pre_hook(
-        lambda _, __, inputs: sizes.append(len(inputs["input_ids" if texts else "pixel_values"])), with_kwargs=True
+    model.register_forward_pre_hook(
+        lambda module, _, inputs: (
+            None if module.training else sizes.append(len(inputs["input_ids" if texts else "pixel_values"]))
+        ),
+        with_kwargs=True,
     )
-    scores = trainer._score_pool(Pool(batches, Padding()))
+    trainer = toys.run(ImportanceTrainer, model, args, data, sampler=OfSize(size=size))
     assert sizes == expected
-    one_by_one = [trainer._score_pool(Pool([trainer.data_collator([data[i]])], Padding())) for i in range(start)]
-    torch.testing.assert_close(scores, torch.cat(one_by_one))
+    pool, head = trainer.sampler.seen, head_of(model, 0.0, None)
+    rows = [PooledBatches([trainer.data_collator([data[i]])], Padding()) for i in pool.index.tolist()]
+    one_by_one = torch.cat([toys.score_pool(model, row, head) for row in rows])
+    assert len(rows) == size
+    torch.testing.assert_close(pool.scores.float(), one_by_one)
 
 
 def dtypes_seen(model, batch, scoring_dtype):
     seen = []
     hook = model.classifier.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    found = score_pool(model, Pool([batch], Padding()), HEAD, "upper_bound", None, None, dtype=scoring_dtype)
+    found = toys.score_pool(model, PooledBatches([batch], Padding()), HEAD, dtype=scoring_dtype)
     hook.remove()
     return seen[0], found
 
@@ -174,16 +194,22 @@ def test_low_precision_hardly_moves_the_distribution():
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )  # torch's own
-def test_scoring_is_compiled_where_training_is(tmp_path):
+def test_scoring_is_compiled_where_training_is(tmp_path, monkeypatch):
     # 60 s: two compilations, one for training and one for scoring.
+    compilations, make = [], torch.compile
+
+    def compiled(*args, **kwargs):
+        compilations.append(make(*args, **kwargs))
+        return compilations[-1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
     data = toys.sentences(128)
     args = toys.always_on(tmp_path, torch_compile=True, max_steps=4, logging_steps=4)
     trainer = toys.run(ImportanceTrainer, toys.bert(dropout=0.1), args, data)
     assert trainer.state.log_history[-2]["importance/active_share"] == 0.75
-    compiled = trainer._compiled_model()
-    assert compiled is trainer._compiled_model()
-    pool = Pool([data[:16], data[16:32]], Padding())
-    found = score_pool(trainer.model, pool, HEAD, "upper_bound", None, None, compiled=compiled)
-    expected = score_pool(trainer.model, pool, HEAD, "upper_bound", None, None)
+    assert len(compilations) == 2
+    pool = PooledBatches([data[:16], data[16:32]], Padding())
+    found = toys.score_pool(trainer.model, pool, HEAD, compile=lambda model: compilations[1])
+    expected = toys.score_pool(trainer.model, pool, HEAD)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert trainer.model.training

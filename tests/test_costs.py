@@ -8,8 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_importance.costs import LARGEST_RATIO, best_share, plan, relative_variance
-from hf_importance.variance import WithoutReplacement, WithReplacement, inverse_moments
+from hf_importance.theory.costs import LARGEST_RATIO, best_share, plan, relative_variance
+from hf_importance.theory.variance import WithoutReplacement, WithReplacement, inverse_moments
 
 BUDGETS = ["variance", "constant_variance", "constant_time"]
 

@@ -11,7 +11,7 @@ from launchers import ACCELERATE, ALONE, TORCHRUN, attempt, configured, launch, 
 from transformers import TrainingArguments
 
 from hf_importance import ImportanceTrainer
-from hf_importance.costs import ASSUMED_KAPPA
+from hf_importance.theory.costs import ASSUMED_KAPPA
 
 SCRIPT = "two_ranks.py"
 

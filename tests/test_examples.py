@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from transformers import BertConfig, BertForTokenClassification, BertTokenizerFa
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Three steps, on from the second.
 SHORT = (
-    "--max_steps 3 --per_device_train_batch_size 8 --presample_ratio 3 --tau_threshold 1.0000001 --tau_momentum 0 "
-    "--disable_tqdm true"
+    "--max_steps 3 --per_device_train_batch_size 8 --presample_ratio 3 --tau_threshold 1.0000001 "
+    '--importance_kwargs {"momentum":0} --disable_tqdm true'
 )
 # Folders of data and models to try the scripts on, with the names that the model cards use.
 REAL = os.environ.get("HF_IMPORTANCE_DATA")
@@ -81,6 +82,11 @@ def given(task, tmp_path):
 
 def results(folder):
     return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda script: script.stem)
+def test_a_script_uses_public_names_alone(script):
+    assert re.findall(r"\w\._[a-z]\w*", script.read_text()) == []
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -17,8 +17,11 @@ from test_resume import assert_same_parameters, build
 from test_saved_state import snapshot
 from transformers import Trainer, TrainerCallback
 
-from hf_importance import ImportanceTrainer
-from hf_importance.whole_checkpoints import HalfWritten, check_whole
+from hf_importance import ImportanceTrainer, Presample
+from hf_importance.checkpoint.whole import HalfWritten, check_whole
+from hf_importance.run.saved import schema, state_of
+
+SCHEMA = schema(Presample())
 
 
 class At(TrainerCallback):
@@ -68,9 +71,9 @@ def test_a_full_disk_harms_no_earlier_checkpoint(tmp_path, caplog, name):
         r for r in caplog.records if "resume_from_checkpoint=True takes the newest whole one" in r.getMessage()
     ]
     assert f"{tmp_path}/checkpoint-10" in record.getMessage()
-    check_whole(tmp_path / "checkpoint-5")
+    check_whole(tmp_path / "checkpoint-5", SCHEMA)
     with pytest.raises(HalfWritten):
-        check_whole(tmp_path / "checkpoint-10")
+        check_whole(tmp_path / "checkpoint-10", SCHEMA)
     resumed = build(tmp_path, data)
     resumed.train(resume_from_checkpoint=True)
     whole = build(tmp_path / "whole", data)
@@ -90,7 +93,7 @@ def test_ctrl_c_while_scoring_leaves_a_usable_trainer_and_checkpoints(tmp_path):
     def score(outputs, labels):
         if trainer.state.global_step == 7 and not trainer.model.training:
             signal.raise_signal(signal.SIGINT)
-        return trainer._head.upper_bound(outputs, {"labels": labels})
+        return trainer._objective.head.upper_bound(outputs, {"labels": labels})
 
     trainer.compute_score_func = score
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # by pytest's worker processes
@@ -130,9 +133,7 @@ def test_a_checkpoint_just_in_time_resumes_exactly(tmp_path, event, stream):
     resumed = build(tmp_path / "preempted", data, dropout=0.0, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert_same_parameters(whole, resumed)
-    assert resumed._report.totals == whole._report.totals
-    assert resumed._switch.state_dict() == whole._switch.state_dict()
-    assert resumed._stream_place() == whole._stream_place()
+    assert state_of(resumed._run)[0] == state_of(whole._run)[0]
 
 
 def test_sigterm_with_enable_jit_checkpoint_saves_and_stops(tmp_path):
@@ -145,7 +146,7 @@ def test_sigterm_with_enable_jit_checkpoint_saves_and_stops(tmp_path):
     trainer.train()
     assert trainer.state.global_step < 400
     (folder,) = tmp_path.iterdir()
-    check_whole(folder)
+    check_whole(folder, SCHEMA)
     resumed = build(tmp_path, data, **{**settings, "max_steps": trainer.state.global_step + 3})
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == trainer.state.global_step + 3
@@ -178,7 +179,7 @@ def test_a_worker_that_raises_is_heard(tmp_path, workers, on, step):
     with pytest.raises(OSError, match=r"shard 7 cannot be read: example 1\d\d"):
         trainer.train()
     assert trainer.state.global_step in ({1} if on else {5, 6})  # accelerate reads one batch ahead
-    check_whole(tmp_path / f"checkpoint-{trainer.state.global_step}")
+    check_whole(tmp_path / f"checkpoint-{trainer.state.global_step}", SCHEMA)
 
 
 @pytest.mark.parametrize("on", [False, True])

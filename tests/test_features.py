@@ -32,8 +32,9 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_importance.batches import WEIGHTS, Pool
-from hf_importance.presampling import score_outputs
+from hf_importance.batches.entries import WEIGHTS
+from hf_importance.batches.pool import PooledBatches
+from hf_importance.objective.scorer import score_outputs
 from hf_importance.trainer import ImportanceMixin
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -255,7 +256,7 @@ def test_bf16_weights_are_scored_in_float32(tmp_path):
         outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"])
     assert outputs.logits.dtype == torch.bfloat16
     for kind in ("upper_bound", "loss"):
-        assert score_outputs(outputs, batch, trainer._head, kind, None).dtype == torch.float32
+        assert score_outputs(outputs, batch, trainer._objective.head, kind).dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # the older name
@@ -276,9 +277,7 @@ def test_activation_checkpointing_recomputes_in_training_only_and_changes_nothin
 
 
 def test_activation_checkpointing_with_gradient_norm_scores(tmp_path):
-    args = toys.always_on(
-        tmp_path, activation_checkpointing=True, importance_score="gradient_norm", max_steps=3, logging_steps=3
-    )
+    args = toys.always_on(tmp_path, activation_checkpointing=True, score="gradient_norm", max_steps=3, logging_steps=3)
     watch(toys.bert(), args, toys.sentences())
 
 
@@ -437,7 +436,7 @@ def test_workers_and_pinned_memory_change_nothing(tmp_path, digits):
         args = toys.always_on(tmp_path, max_steps=6, **settings)
         trainer = watch(toys.vit(), args, digits.select(range(64)))
         ends.append(parameters(trainer))
-        workers = trainer._train_loader.base_dataloader._iterator
+        workers = trainer.callback_handler.train_dataloader.base_dataloader._iterator
         assert (workers is not None) is ("dataloader_persistent_workers" in settings)
         if workers is not None:
             workers._shutdown_workers()  # left to the garbage collector, each would be waited for 5 s
@@ -621,9 +620,10 @@ def test_merging_rows_leaves_their_losses_alone(tmp_path, side):
     )
     rows = sorted(tokenised(tok), key=lambda row: len(row["input_ids"]))
     narrow, wide = collator(rows[:3]), collator(rows[-3:])
-    merged, _ = Pool([narrow, wide], trainer._padding()).take(torch.arange(6))
+    trainer.train()
+    merged, _ = PooledBatches([narrow, wide], trainer._run.feed.padding).take(torch.arange(6))
     padding_is_right(merged, side)
-    head, model = trainer._head, trainer.model.eval()
+    head, model = trainer._objective.head, trainer.model.eval()
     with torch.no_grad():
         found, *apart = (head.losses(model(**head.model_inputs(b)), b) for b in (merged, narrow, wide))
     torch.testing.assert_close(found, torch.cat(apart), rtol=1e-4, atol=1e-4)
@@ -859,20 +859,19 @@ def test_model_init_gives_the_same_run_twice(tmp_path, digits):
 
 
 def test_model_init_and_the_statistics_of_batch_norm(tmp_path, digits):
-    # In an importance step the batch does not move the running statistics, in the very model that is trained.
-    moved = []
+    # No step normalises by its batch, or moves the running statistics, in the very model that is trained.
+    seen = []
 
     class Look(Watched):
         def compute_loss(self, model, inputs, *args, **kwargs):
             result = super().compute_loss(model, inputs, *args, **kwargs)
-            if WEIGHTS in inputs:
-                layers = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-                moved.append({layer.track_running_stats for layer in layers})
+            layers = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            seen.append({(layer.training, int(layer.num_batches_tracked)) for layer in layers})
             return result
 
-    args = toys.always_on(tmp_path, batch_norm="batch", max_steps=3, logging_steps=1)
+    args = toys.always_on(tmp_path, batch_norm="frozen", max_steps=3, logging_steps=1)
     watch(None, args, digits.select(range(128)), kind=Look, model_init=lambda: toys.resnet())
-    assert moved == [{False}] * 2
+    assert seen == [{(False, 0)}] * 3
 
 
 def test_hyperparameter_search(tmp_path, digits):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from toys import arguments
 from transformers import Trainer
 
-from hf_importance import ImportanceTrainer, losses, scores
-from hf_importance.batches import WEIGHTS
-from hf_importance.heads import head_of
-from hf_importance.presampling import evaluation_mode, score_outputs
-from hf_importance.task_heads import TokenHead
+from hf_importance import ImportanceTrainer
+from hf_importance.batches.entries import WEIGHTS
+from hf_importance.heads import losses, scores
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.tasks import TokenHead
+from hf_importance.objective.scorer import evaluation_mode, score_outputs
 
 # The model's own advice on how EncoderDecoderModel is trained; we train it that way.
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
@@ -43,8 +44,8 @@ class Case:
 
     def scores(self, trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad(), evaluation_mode(self.model):
-            outputs = self.model(**trainer._head.model_inputs(batch))
-        return score_outputs(outputs, batch, trainer._head, "upper_bound", None)
+            outputs = self.model(**trainer._objective.head.model_inputs(batch))
+        return score_outputs(outputs, batch, trainer._objective.head, "upper_bound")
 
 
 @pytest.fixture(
@@ -60,6 +61,11 @@ def case(request, tmp_path_factory) -> Case:
 def split(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     count = len(next(iter(batch.values())))
     return [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, count, size)]
+
+
+def scored(trainer: Trainer) -> int:
+    """How many examples were scored in forward passes of their own."""
+    return trainer.state.log_history[-1]["importance/examples_scored"]
 
 
 def weighted(batch: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
@@ -196,11 +202,11 @@ def nested(value) -> list:
 def test_a_run_goes_on_with_importance_sampling_on(case):
     case = Case(case.architecture, copy.deepcopy(case.model), case.batch, case.folder)
     trainer = case.trainer(
-        tau_threshold=1 + 1e-9, tau_momentum=0.0, per_device_train_batch_size=4, max_steps=3, learning_rate=1e-4
+        tau_threshold=1 + 1e-9, momentum=0.0, per_device_train_batch_size=4, max_steps=3, learning_rate=1e-4
     )
     trainer.train()
-    assert trainer._report.totals.examples_scored > 0
-    assert trainer._loss_scale.over_step in (None, case.architecture.over_step)
+    assert scored(trainer) > 0
+    assert trainer._objective.scale.over_step in (None, case.architecture.over_step)
 
 
 def test_the_docs_print_this_matrix():
@@ -273,7 +279,7 @@ def test_label_smoothing_is_the_trainers(model, task, tmp_path):
     found = ours.compute_loss(case.model, weighted(case.batch, torch.ones(SIZE)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.compute_loss(case.model, dict(case.batch)), expected, rtol=0, atol=0)
-    head = ours._head
+    head = ours._objective.head
     outputs = case.model.eval()(**head.model_inputs(case.batch))
     (gradient,) = torch.autograd.grad(head.losses(outputs, case.batch).sum(), outputs.logits)
     torch.testing.assert_close(
@@ -287,10 +293,10 @@ def test_items_are_what_trainer_counts_where_the_loss_is_divided_by_it(model, ta
     trainer = case.trainer()
     batches, count = trainer.get_batch_samples(iter([case.batch]), 1, torch.device("cpu"))
     trainer.training_step(case.model, batches[0], count)
-    assert int(trainer._loss_scale.items(case.batch)) == int(count)
+    assert int(trainer._objective.scale.items(case.batch)) == int(count)
     # So a step of equal weights has the same loss, on as off.
     uniform = trainer.compute_loss(case.model, dict(case.batch), num_items_in_batch=count)
-    trainer._step_items = float(trainer._loss_scale.items(case.batch))
+    trainer._objective.step_items = float(trainer._objective.scale.items(case.batch))
     on = trainer.compute_loss(case.model, weighted(case.batch, torch.ones(SIZE)), num_items_in_batch=count)
     torch.testing.assert_close(on, uniform, rtol=1e-5, atol=1e-6)
 
@@ -327,7 +333,7 @@ def test_logits_of_a_tuned_prompt_stand_in_front(generator):
 @pytest.mark.parametrize("model", ["T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel"])
 def test_a_decoder_reads_the_labels_that_its_model_would_give_it(model, tmp_path):
     case = one(model, "sequence to sequence", tmp_path)
-    head, model = case.trainer()._head, case.model.eval()
+    head, model = case.trainer()._objective.head, case.model.eval()
     given = head.model_inputs(weighted(case.batch, WEIGHT))
     assert set(given) == {"input_ids", "attention_mask", "decoder_input_ids"}
     torch.testing.assert_close(model(**given).logits, model(**case.batch).logits, rtol=0, atol=0)
@@ -346,7 +352,7 @@ def test_answers_outside_the_text_are_ignored(tmp_path):
     start[2], end[2], start[3] = LENGTH, 99, -1  # outside, outside, and what transformers counts as the first token
     batch = {**case.batch, "start_positions": start, "end_positions": end}
     trainer, model = case.trainer(), case.model.eval()
-    assert float(trainer._head.items(batch)) == SIZE - 1
+    assert float(trainer._objective.head.items(batch)) == SIZE - 1
     assert float(case.scores(trainer, batch)[2]) == 0
     loss = trainer.compute_loss(model, weighted(batch, torch.ones(SIZE)))
     torch.testing.assert_close(loss, model(**batch).loss)
@@ -365,7 +371,7 @@ def test_a_users_loss_function_works_for_tokens(tmp_path):
     case = one("BertForTokenClassification", "token classification", tmp_path)
     own, users = case.trainer(), case.trainer()
     users.compute_loss_func = summed_cross_entropy
-    users._head = head_of(case.model, 0.0, summed_cross_entropy)
+    users._objective.head = head_of(case.model, 0.0, summed_cross_entropy)
     torch.testing.assert_close(case.scores(users, case.batch), case.scores(own, case.batch), rtol=1e-4, atol=1e-6)
     found = users.compute_loss(case.model, weighted(case.batch, WEIGHT))
     torch.testing.assert_close(found, own.compute_loss(case.model, weighted(case.batch, WEIGHT)))
@@ -375,11 +381,11 @@ def test_the_docs_loss_function_trains(tmp_path):
     code = (Path(__file__).parent.parent / "docs/heads.md").read_text().split("```python\n")[2].split("\ntrainer")[0]
     exec(code, names := {"F": F})
     case = one("BertForSequenceClassification", "one class", tmp_path)
-    args = arguments(tmp_path, tau_threshold=1 + 1e-9, tau_momentum=0.0, per_device_train_batch_size=4, max_steps=3)
+    args = arguments(tmp_path, tau_threshold=1 + 1e-9, momentum=0.0, per_device_train_batch_size=4, max_steps=3)
     data = [{name: value[0] for name, value in row.items()} for row in split(case.architecture.batch(24), 1)]
     trainer = ImportanceTrainer(case.model, args, train_dataset=data, compute_loss_func=names["focal_loss"])
     trainer.train()
-    assert trainer._report.totals.examples_scored > 0
+    assert scored(trainer) > 0
 
 
 class Foreign(nn.Module):
@@ -408,12 +414,12 @@ def test_a_foreign_model_says_how_its_loss_splits_by_its_loss_type(form, tokens,
     task = "token classification" if tokens else "one class"
     like = next(a for a in ARCHITECTURES if a.family == "BERT" and a.task == task)
     case = Case(like, Foreign(form, tokens), like.batch(SIZE), str(tmp_path))
-    model, trainer = case.model, case.trainer(tau_threshold=1 + 1e-9, tau_momentum=0.0, max_steps=3)
+    model, trainer = case.model, case.trainer(tau_threshold=1 + 1e-9, momentum=0.0, max_steps=3)
     own = model(**case.batch)
     found = trainer.compute_loss(model, weighted(case.batch, torch.ones(SIZE)))
     torch.testing.assert_close(found, own["loss"] if form == "dict" else own[0])
     trainer.train()
-    assert trainer._report.totals.examples_scored > 0
+    assert scored(trainer) > 0
 
 
 @pytest.mark.parametrize(
@@ -445,9 +451,9 @@ def test_a_loss_that_is_not_its_tasks_is_refused_at_the_first_batch(tmp_path):
 def test_outputs_without_logits_are_refused_in_words(tmp_path):
     case = one("BertForQuestionAnswering", "question answering", tmp_path)
     with pytest.raises(ValueError, match=r"no 'start_logits'.*docs/heads\.md"):
-        case.trainer()._head.losses({"logits": torch.zeros(SIZE, 2)}, case.batch)
+        case.trainer()._objective.head.losses({"logits": torch.zeros(SIZE, 2)}, case.batch)
     with pytest.raises(ValueError, match="no 'start_positions' and no 'end_positions', only"):
-        case.trainer()._head.labels({"input_ids": None})
+        case.trainer()._objective.head.labels({"input_ids": None})
 
 
 class LabelsOfItsOwn(nn.Module):

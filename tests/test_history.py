@@ -1,7 +1,10 @@
 """The table, its calibration and its passes, against enumeration and slow twins."""
 
+import copy
+import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
-from hf_importance import history as module
-from hf_importance.calibration import PAIRS_PER_BIN, calibrate
-from hf_importance.history import History, draw_pass
-from hf_importance.sampling import inclusion_probabilities, systematic_draw
+from hf_importance.batches.visits import Order
+from hf_importance.run.ranks import Ranks
+from hf_importance.run.table import COLUMNS, Table
+from hf_importance.samplers import proposal as proposals
+from hf_importance.samplers.history import History
+from hf_importance.samplers.proposal import Proposal, comb
+from hf_importance.samplers.sampler import Facts
+from hf_importance.theory.calibration import PAIRS_PER_BIN, calibrate
+from hf_importance.theory.sampling import inclusion_probabilities, systematic_draw
+
+ALONE = Ranks(SimpleNamespace(num_processes=1, process_index=0))
 
 
 def scores_with_memory(examples: int, memory: float, seed: int = 0, spread: float = 1.0):
@@ -24,22 +34,25 @@ def scores_with_memory(examples: int, memory: float, seed: int = 0, spread: floa
     return [torch.tensor(np.exp(spread * x), dtype=torch.float32) for x in (first, second)]
 
 
-def filled(examples: int = 4000, memory: float = 0.9, share: float = 0.1, spread: float = 1.0) -> History:
-    """A history after two visits of every example."""
-    history = History(examples, seed=0, uniform_share=share)
+def filled(examples: int = 4000, memory: float = 0.9, share: float = 0.1, spread: float = 1.0):
+    """A table after two visits of every example, and what it proposes."""
+    table, proposal = Table(examples, ALONE), Proposal(share)
     for step, found in enumerate(scores_with_memory(examples, memory, spread=spread)):
-        history.record(
-            torch.arange(examples), found, torch.full((examples,), step, dtype=torch.int32), torch.ones(examples)
-        )
-    history.refit()
-    return history
+        table.add(torch.arange(examples), found.double(), torch.ones(examples).double(), step)
+        table.exchange()
+    proposal.refit(table.scores, table.pairs)
+    return table, proposal
 
 
-def gain_of_a_pass(history: History, found: torch.Tensor, fraction: float) -> float:
-    """The measured gain over the examples that one pass visits."""
-    length = int(history.examples * fraction)
-    history.begin_pass(1.0, length, 1)
-    weights, visited = history.current.weights.double(), found[history.current.index.long()].double()
+def drawn(table: Table, proposal: Proposal, size: int, seed: int = 0):
+    """Examples in the order of their visits, and their weights."""
+    return proposal.draw(table.scores, size, torch.Generator().manual_seed(seed))
+
+
+def gain_of_a_draw(table: Table, proposal: Proposal, found: torch.Tensor, fraction: float) -> float:
+    """The measured gain over the examples that one draw visits."""
+    index, weights = drawn(table, proposal, int(len(table.scores) * fraction))
+    weights, visited = weights.double(), found[index.long()].double()
     return float((weights * visited**2).sum() / (weights**2 * visited**2).sum())
 
 
@@ -103,12 +116,12 @@ def test_inclusion_by_bins_is_that_of_the_examples(bins, data):
 
 @pytest.mark.parametrize("chunk", [3, 7, 1000])
 def test_a_pass_is_the_systematic_draw(monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(proposals, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     for size in (1, 5, 20, 29):
         inclusion = inclusion_probabilities(torch.rand(30, generator=generator), size)
         order = torch.randperm(30, generator=generator, dtype=torch.int32)
-        found = draw_pass(lambda i: i, inclusion, order.clone(), 0.37, 0)
+        found = comb(lambda i: i, inclusion, order.clone(), 0.37, 0)
         slow = systematic_draw(inclusion, order.long(), 1 - 0.37)
         assert found.tolist() == slow.tolist()
 
@@ -121,7 +134,7 @@ def test_every_place_of_a_pass_is_unbiased():
     inclusion = torch.tensor(twelfths, dtype=torch.float64) / 12
     weights = size / len(values) / inclusion
     outcomes = [
-        draw_pass(lambda i: i, inclusion, torch.tensor(order, dtype=torch.int32), (k + 0.5) / 12, rotation).long()
+        comb(lambda i: i, inclusion, torch.tensor(order, dtype=torch.int32), (k + 0.5) / 12, rotation).long()
         for order in itertools.permutations(range(5))
         for k in range(12)
         for rotation in range(size)
@@ -133,30 +146,26 @@ def test_every_place_of_a_pass_is_unbiased():
 
 
 def test_a_pass_visits_no_example_twice_and_weights_are_bounded():
-    history = filled(share=0.2)
-    history.begin_pass(3.5, 400, 2)
-    current = history.current
-    assert len(current.index) == len(current.index.unique()) == 2800
-    assert current.weights.max() <= 1 / 0.2
-    assert float(current.weights.mean()) == pytest.approx(1, abs=0.05)
-    assert history.skipped_share == pytest.approx(1 - 2800 / 4000)
+    index, weights = drawn(*filled(share=0.2), size=2800)
+    assert len(index) == len(index.unique()) == 2800
+    assert weights.max() <= 1 / 0.2
+    assert float(weights.mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_ranks_share_a_pass_and_sizes_differ_by_one_at_most():
-    history = filled()
-    history.begin_pass(3.3, 100, 2)
-    current = history.current
-    rows = [[current.index[current.rows(m, rank, 2)] for rank in range(2)] for m in range(100)]
+    index, weights = drawn(*filled(), size=660)
+    order = Order(index, weights, batch_size=3.3, length=100, number=0)
+    rows = [[index[order.rows(m, rank, 2)] for rank in range(2)] for m in range(100)]
     assert {len(part) for pair in rows for part in pair} == {3, 4}
     assert all(len(a) == len(b) for a, b in rows)
-    assert sorted(torch.cat([p for pair in rows for p in pair]).tolist()) == sorted(current.index.tolist())
+    assert sorted(torch.cat([p for pair in rows for p in pair]).tolist()) == sorted(index.tolist())
 
 
 def test_unseen_examples_are_drawn_like_the_largest():
-    history = filled()
-    history.scores[:100] = torch.nan
-    history.refit()
-    weights = history.proposed_weights(torch.arange(4000))
+    table, proposal = filled()
+    table.scores[:100] = torch.nan
+    proposal.refit(table.scores, table.pairs)
+    weights = proposal.weights(table.scores)
     assert (weights[:100] == weights.min()).all()
 
 
@@ -165,24 +174,23 @@ def test_unseen_examples_are_drawn_like_the_largest():
 
 @pytest.mark.parametrize("memory", [0.5, 0.9])
 def test_the_measured_gain_is_the_promised_one(memory):
-    history = filled(20_000, memory)
+    table, proposal = filled(20_000, memory)
     fresh = scores_with_memory(20_000, memory, seed=0)
     # The next visit is to the last as the last is to the one before.
     random = np.random.default_rng(5)
     noise = torch.tensor(random.standard_normal(20_000), dtype=torch.float32)
     found = torch.exp(memory * fresh[1].log() + math.sqrt(1 - memory**2) * noise)
-    index = torch.arange(20_000)
-    promised = float((found.double() ** 2).mean() / (history.proposed_weights(index) * found.double() ** 2).mean())
-    assert gain_of_a_pass(history, found, 0.1) == pytest.approx(promised, rel=0.15)
+    promised = float((found.double() ** 2).mean() / (proposal.weights(table.scores) * found.double() ** 2).mean())
+    assert gain_of_a_draw(table, proposal, found, 0.1) == pytest.approx(promised, rel=0.15)
     assert promised > 1.2
 
 
 def test_pure_noise_costs_nothing_calibrated_and_raw_scores_lose():
-    history = filled(20_000, 0.0, share=0.01)
+    table, proposal = filled(20_000, 0.0, share=0.01)
     random = np.random.default_rng(7)
     found = torch.tensor(np.exp(random.standard_normal(20_000)), dtype=torch.float32)
-    assert gain_of_a_pass(history, found, 0.2) > 0.97
-    raw = inclusion_probabilities(history.scores, 4000)
+    assert gain_of_a_draw(table, proposal, found, 0.2) > 0.97
+    raw = inclusion_probabilities(table.scores, 4000)
     raw_weights = 0.2 / raw
     assert float(found.square().mean() / (raw_weights * found.square()).mean()) < 0.6
 
@@ -191,48 +199,142 @@ def test_pure_noise_costs_nothing_calibrated_and_raw_scores_lose():
 
 
 def test_of_two_visits_the_later_stays_and_nonfinite_scores_do_not():
-    history = History(4, seed=0, uniform_share=0.1)
-    steps = torch.tensor([1, 2, 3, 3], dtype=torch.int32)
-    history.record(torch.tensor([1, 1, 2, 3]), torch.tensor([5.0, 6.0, torch.nan, torch.inf]), steps, torch.ones(4))
-    assert history.scores[1] == 6
-    assert history.seen.tolist() == [0, 2, 0, 0]
-    assert history.scores.isnan().tolist() == [True, False, True, True]
-    assert history.visits.tolist() == [0, 2, 1, 1]
-    assert history.weight_sum.tolist() == [0, 2, 1, 1]
+    table = Table(4, ALONE)
+    for step, index, found in ((1, [1], [5.0]), (2, [1], [6.0]), (3, [2, 3], [torch.nan, torch.inf])):
+        table.add(torch.tensor(index), torch.tensor(found).double(), torch.ones(len(index)).double(), step)
+    assert table.visits.tolist() == [0, 0, 0, 0]  # not yet
+    table.exchange()
+    assert table.scores[1] == 6
+    assert table.seen.tolist() == [0, 2, 0, 0]
+    assert table.scores.isnan().tolist() == [True, False, True, True]
+    assert table.visits.tolist() == [0, 2, 1, 1]
+    assert table.weight_sum.tolist() == [0, 2, 1, 1]
+
+
+def test_what_was_only_scored_is_remembered_and_no_visit():
+    table = Table(3, ALONE)
+    table.add(torch.tensor([0, 2]), torch.tensor([5.0, 6.0]).double(), torch.tensor([0.0, 1.5]).double(), 1)
+    table.exchange()
+    assert table.scores.nan_to_num(nan=-1).tolist() == [5, -1, 6]
+    assert table.visits.tolist() == [0, 0, 1]
+    assert table.weight_sum.tolist() == [0, 0, 1.5]
+
+
+def facts(table: Table, **known) -> Facts:
+    """What a sampler knows of a run with this table; what is not given it does not ask for."""
+    return Facts(**{**dict.fromkeys(Facts.__dataclass_fields__), "table": table, **known})
+
+
+def visits(half: int):
+    return torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(half)).double()
 
 
 def test_state_and_tensors_are_all_there_is():
-    whole = filled()
-    whole.begin_pass(4.0, 100, 1)
-    whole.current.position = 7
-    copy = History(4000, seed=0, uniform_share=0.1)
-    copy.load(whole.state_dict(), {name: tensor.clone() for name, tensor in whole.tensors().items()})
-    for both in (whole, copy):
-        both.record(
-            torch.arange(50),
-            torch.rand(50, generator=torch.Generator().manual_seed(1)),
-            torch.ones(50).int(),
-            torch.ones(50),
-        )
-        both.refit()
-        both.begin_pass(2.0, 200, 1)
-    assert torch.equal(whole.current.index, copy.current.index)
-    assert torch.equal(whole.current.weights, copy.current.weights)
-    assert whole.state_dict() == copy.state_dict()
+    known = {"examples": 4000, "batch_size": 16, "accumulation": 1, "updates": 250, "ranks": 1}
+    whole, sampler = filled()[0], History()
+    sampler.begin(facts(whole, **known))
+    sampler.calibrate()
+    sampler.learn(1.5, [160.0, 300.0, 200.0])
+    whole.add(*visits(1), torch.ones(50).double(), 3)  # on its way
+    twin, other = Table(4000, ALONE), History()
+    other.begin(facts(twin, **known))
+    before = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+    twin.load(dataclasses.replace(whole.state), before, "file")
+    other.load_state_dict(sampler.state_dict())
+    assert other._proposal.weights(twin.scores).equal(sampler._proposal.weights(whole.scores))
+    for table, one in ((whole, sampler), (twin, other)):
+        table.add(*visits(2), torch.ones(50).double(), 4)
+        table.exchange()
+        one.learn(1.5, [16.0, 30.0, 30.0])
+        one.calibrate()
+    assert drawn(whole, sampler._proposal, 800)[0].equal(drawn(twin, other._proposal, 800)[0])
+    assert drawn(whole, sampler._proposal, 800)[1].equal(drawn(twin, other._proposal, 800)[1])
+    assert sampler.state_dict() == other.state_dict()
+    assert sampler.gain == other.gain > 1
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(twin.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_pass_longer_than_the_data_or_of_unknown_scores_is_refused():
-    with pytest.raises(ValueError, match="A pass of 4001 examples cannot be drawn from 4000"):
-        filled().begin_pass(1.0, 4001, 1)
+def test_saving_changes_nothing():
+    table, _ = filled()
+    table.add(*visits(1), torch.ones(50).double(), 3)
+    before, state = {name: getattr(table, name).clone() for name in COLUMNS}, dataclasses.replace(table.state)
+    table.tensors()
+    assert table.state == state and state.waiting == 1
+    for name, tensor in before.items():
+        torch.testing.assert_close(getattr(table, name), tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scores", -1.0),
+        ("scores", torch.inf),
+        ("visits", -1),
+        ("seen", -1),
+        ("weight_sum", torch.nan),
+        ("weight_sum", -0.5),
+        ("pairs", torch.nan),
+        ("pairs", -2.0),
+        ("rows", torch.nan),
+        ("rows", -1.0),
+        ("rows", 4000.0),
+    ],
+)
+def test_a_damaged_table_is_refused_by_its_file(name, value):
+    whole = filled()[0]
+    whole.add(*visits(1), torch.ones(50).double(), 3)
+    tensors = {key: tensor.clone() for key, tensor in whole.tensors().items()}
+    tensors[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=r"some/file holds scores or weights that are negative or not finite"):
+        Table(4000, ALONE).load(whole.state, tensors, "some/file")
+
+
+def test_a_table_of_other_shapes_is_refused_by_its_file():
+    whole = filled()[0]
+    for name, tensor in whole.tensors().items():
+        for wrong in (None, tensor[:-1] if len(tensor) else tensor[:, :3], tensor.half()):
+            tensors = {**whole.tensors(), name: wrong}
+            if wrong is None:
+                del tensors[name]
+            with pytest.raises(ValueError, match=rf"some/file: {name}"):
+                Table(4000, ALONE).load(whole.state, tensors, "some/file")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("edges", lambda edges: edges[:-1]),
+        ("edges", lambda edges: edges[::-1]),
+        ("levels", lambda levels: []),
+        ("levels", lambda levels: levels[::-1]),
+        ("counts", lambda counts: [*counts, 1]),
+        ("counts", lambda counts: [0] * len(counts)),
+    ],
+)
+def test_a_damaged_calibration_is_refused(name, change):
+    sampler, other = History(), History()
+    for one in (sampler, other):
+        one.begin(facts(filled()[0]))
+    sampler.calibrate()
+    state = sampler.state_dict()
+    other.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(ValueError, match="edges, levels and counts do not fit together"):
+        other.load_state_dict({**state, name: change(state[name])})
+
+
+def test_a_draw_longer_than_the_data_or_of_unknown_scores_is_refused():
+    with pytest.raises(ValueError, match="4001 examples cannot be drawn from 4000"):
+        drawn(*filled(), size=4001)
     with pytest.raises(ValueError, match="cannot be drawn"):
-        History(100, 0, 0.1).begin_pass(1.0, 10, 1)
+        drawn(Table(100, ALONE), Proposal(0.1), size=10)
 
 
-def test_a_pass_over_everything_gains_nothing_and_short_ones_gain_all():
-    history = filled(spread=1.5)
-    gains = [history.promised_gain(fraction) for fraction in (1.0, 0.5, 0.1, 0.01)]
+def test_a_draw_of_everything_gains_nothing_and_short_ones_gain_all():
+    _, proposal = filled(spread=1.5)
+    gains = [proposal.promised_gain(fraction) for fraction in (1.0, 0.5, 0.1, 0.01)]
     assert gains[0] == pytest.approx(1)
     assert gains == sorted(gains)
-    passes = history.passes_for(1.0)
-    assert passes > 2
-    assert history.promised_gain(1 / passes) > 0.97 * gains[-1] > history.promised_gain(1.0)
+    splits = proposal.splits_for(1.0)
+    assert splits > 2
+    assert proposal.promised_gain(1 / splits) > 0.97 * gains[-1] > proposal.promised_gain(1.0)

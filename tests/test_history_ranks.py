@@ -4,6 +4,8 @@ import pytest
 import torch
 from launchers import ACCELERATE, ALONE, launch, results
 
+COLUMNS = ("score", "age", "visits", "weight_sum")
+
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
@@ -27,7 +29,7 @@ def test_the_launch_made_one_world_of_two(two):
 @pytest.mark.parametrize("case", ["whole", "shrunk"])
 def test_every_rank_holds_the_same_table_and_decides_the_same(two, case):
     first, second = two[case]
-    for name in ("scores", "seen", "gain", "passes", "parameters"):
+    for name in (*COLUMNS, "gain", "passes", "parameters"):
         assert first[name] == second[name], name
 
 
@@ -56,5 +58,16 @@ def test_two_ranks_resume_to_the_last_bit(two):
     for whole, resumed in zip(two["whole"], two["resumed"], strict=True):
         assert whole["parameters"] == resumed["parameters"]
         assert whole["trained"][-len(resumed["trained"]) :] == resumed["trained"]
-        for name in ("scores", "seen", "gain", "passes"):
+        for name in (*COLUMNS, "gain", "passes"):
             assert whole[name] == resumed[name], name
+
+
+@pytest.mark.parametrize("case", ["whole", "shrunk"])
+def test_one_rank_may_ask_for_the_table_alone(two, case):
+    # Within the run it is as of the last exchange, behind it everything.
+    first, second = two[case]
+    trained = sum(len(batch) for rank in (first, second) for batch in rank["trained"])
+    assert sum(first["visits"]) == trained
+    assert len(first["asked"]) == 13 and second["asked"] == []
+    assert first["asked"] == sorted(first["asked"])
+    assert 0 < first["asked"][1] <= first["asked"][-1] < trained

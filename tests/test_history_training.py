@@ -7,11 +7,18 @@ from itertools import pairwise
 import pytest
 import torch
 import toys
+from safetensors.torch import load_file, save_file
+from test_history import ALONE, facts
+from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer
 
-from hf_importance import ImportanceTrainer
-from hf_importance.remembering import Remembering
-from hf_importance.visits import INDEX, IndexedCollator, IndexedDataset
+from hf_importance import History, ImportanceTrainer
+from hf_importance.batches.entries import INDEX
+from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
+from hf_importance.batches.pool import Padding
+from hf_importance.batches.random import key_to_seed
+from hf_importance.run.feed import Feed
+from hf_importance.run.table import Table
 
 EXAMPLES, BATCH = 256, 16
 STEPS = EXAMPLES // BATCH  # an epoch
@@ -103,7 +110,7 @@ def test_the_table_counts_visits_and_weights(saving):
     high = torch.as_tensor(toys.sentences(EXAMPLES)["labels"]) == 0
     assert table["score"][:] == pytest.approx((1 + 9 * high.float()).tolist())
     assert visits[high].double().mean() > 1.3 * visits[~high].double().mean()
-    with pytest.raises(ValueError, match=r"importance_method='history'.*it is 'presample'"):
+    with pytest.raises(ValueError, match=r"importance_method='history'.*it is Presample"):
         ImportanceTrainer(model=toys.bert(), args=toys.arguments("/tmp")).importance_table()
 
 
@@ -116,7 +123,7 @@ def test_steps_are_spread_evenly(saving):
 def test_the_saving_is_said_at_the_end(tmp_path, caplog):
     with caplog.at_level("INFO", "hf_importance"):
         trainer = train(tmp_path, max_steps=STEPS)
-    assert f"Trained on {EXAMPLES} examples where uniform sampling takes {EXAMPLES} (100.0 %)" in caplog.text
+    assert f"Trained on {EXAMPLES} examples where uniform sampling takes {EXAMPLES} (100.0%)" in caplog.text
     assert trainer.state.global_step == STEPS
 
 
@@ -231,6 +238,30 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, at, setti
     assert histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("method", "kappa", "drawn_by"), [("history", None, {"visits"}), ("auto", 0.2, {"visits", "pool"})]
+)
+def test_saving_does_not_change_the_run_that_follows(tmp_path, method, kappa, drawn_by, workers):
+    class Kinds(ImportanceTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.__dict__.setdefault("seen", []).append((self._run.step.kind, inputs["input_ids"].tolist()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    pinned = {} if kappa is None else {"kappa": kappa}
+    settings = {"importance_budget": "constant_variance", "dataloader_num_workers": workers, **pinned}
+    never, always = (
+        train(tmp_path / name, kind=Kinds, importance_method=method, logging_steps=100, **settings, **saving)
+        for name, saving in {"never": {}, "always": {"save_strategy": "steps", "save_steps": 1}}.items()
+    )
+    assert len(list((tmp_path / "always").glob("checkpoint-*"))) == 6 * STEPS
+    assert {kind for kind, _ in never.seen} == {"batch", *drawn_by}
+    assert never.seen == always.seen
+    assert torch.equal(toys_parameters(never), toys_parameters(always))
+    assert never.sampler.state_dict() == always.sampler.state_dict()
+    assert never.importance_table().to_pandas().equals(always.importance_table().to_pandas())
+
+
 def test_a_lost_or_foreign_table_is_named(tmp_path):
     train(tmp_path, max_steps=10, save_strategy="steps", save_steps=5)
     file = tmp_path / "checkpoint-10" / "importance_history.safetensors"
@@ -255,12 +286,67 @@ def test_a_lost_or_foreign_table_is_named(tmp_path):
     resume()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scores", -1.0, "scores or weights that are negative or not finite"),
+        ("weight_sum", math.nan, "scores or weights that are negative or not finite"),
+        ("weights", math.nan, "the visits in progress are missing, or their weights are negative or not finite"),
+        ("weights", None, "the visits in progress are missing"),
+        ("index", EXAMPLES, "the visits in progress are missing, .* or train_dataset has not the examples"),
+        ("index", "cut", "the visits in progress are missing"),
+        ("weights", "cut", "the visits in progress are missing"),
+        ("rows", None, "rows, the visits of the last steps, is missing"),
+        ("scores", None, "scores is missing"),
+    ],
+)
+def test_a_damaged_table_is_refused_before_a_step(tmp_path, name, value, message):
+    settings = {"importance_budget": "constant_variance", "max_steps": 62}
+    train(tmp_path, save_strategy="steps", save_steps=60, **settings)
+    file = tmp_path / "checkpoint-60" / "importance_history.safetensors"
+    tensors = load_file(file)
+    if value is None:
+        del tensors[name]
+    elif value == "cut":
+        tensors[name] = tensors[name][:-5].contiguous()
+    else:
+        tensors[name][3] = value
+    save_file(tensors, file, {"step": "60"})
+    args = arguments(tmp_path, **settings)
+    trainer = ImportanceTrainer(toys.bert(), args, train_dataset=toys.sentences(EXAMPLES), compute_score_func=uneven)
+    with pytest.raises(ValueError, match=rf"checkpoint-60/importance_history\.safetensors.*{message}"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+    assert trainer.state.global_step == 60
+
+
 def test_the_state_is_json_and_safetensors(tmp_path):
     train(tmp_path, max_steps=10, save_strategy="steps", save_steps=10)
     state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
-    saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]["history"]
-    assert saved["averages"]["examples"] == 160
+    saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
+    assert saved["run"]["examples"] == 160
+    assert saved["sampler"]["settings"]["name"] == "History"
+    assert saved["table"] == {"paired": 0, "waiting": 1}
+    tensors = load_file(tmp_path / "checkpoint-10" / "importance_history.safetensors")
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {
+        "scores": EXAMPLES,
+        "seen": EXAMPLES,
+        "visits": EXAMPLES,
+        "weight_sum": EXAMPLES,
+        "pairs": 1024,
+        "rows": 16,  # those of the last step
+    }
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_with_another_score_the_table_begins_anew(tmp_path):
+    data = toys.sentences(EXAMPLES)
+    train(tmp_path, score=None, max_steps=40, save_strategy="steps", save_steps=40)
+    args = arguments(tmp_path / "again", max_steps=42, importance_score="loss")
+    resumed = ImportanceTrainer(toys.bert(), args, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    table = resumed.importance_table()
+    assert sum(table["visits"]) == 2 * BATCH
+    assert sum(not math.isnan(score) for score in table["score"]) == 2 * BATCH
 
 
 # ---- What is refused ----
@@ -291,24 +377,32 @@ def test_one_epoch_is_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("uniform_share", 0.0, r"must lie in \(0, 1\], but it is 0.0"),
-        ("variance_margin", 0.9, "at least 1, but it is 0.9"),
-        ("importance_method", "memory", "must be one of 'presample', 'history'"),
-        ("importance_budget", "time", "must be one of 'variance', 'constant_variance', 'constant_time'"),
+        ("share", 0.0, r"share must be a number in \(0, 1\], but it is 0.0"),
+        ("margin", 0.9, "margin must be a finite number of at least 1, but it is 0.9"),
+        ("momentum", 1.0, r"momentum must be a number in \[0, 1\), but it is 1.0"),
+        (
+            "importance_method",
+            "memory",
+            "must be one of 'presample', 'history', 'auto', 'observe', but it is 'memory'",
+        ),
+        ("importance_budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
+        (
+            "importance_budget",
+            "constant_time",
+            "no meaning with importance_method='history', whose scores cost nothing",
+        ),
+        ("resampling", "systematic", "has 'resampling', which importance_method='history' does not know"),
     ],
 )
 def test_bad_values_are_refused(tmp_path, name, value, message):
-    with pytest.raises(ValueError, match=f"{name} must.*|{message}") as error:
-        arguments(tmp_path, **{name: value})
-    assert str(value) in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        ImportanceTrainer(toys.bert(), arguments(tmp_path, **{name: value}))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("batch_norm", "batch"), ("batch_norm", "running"), ("importance_score", "gradient_norm")]
-)
-def test_what_needs_a_pool_is_refused(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"{name}='{value}' .*importance_method='presample'"):
-        arguments(tmp_path, **{name: value})
+@pytest.mark.parametrize("method", ["history", "auto", "observe"])
+def test_what_needs_a_pool_is_refused(tmp_path, method):
+    with pytest.raises(ValueError, match=r"score='gradient_norm' .*importance_method='presample'"):
+        ImportanceTrainer(toys.bert(), arguments(tmp_path, importance_method=method, score="gradient_norm"))
 
 
 # ---- How long passes are ----
@@ -318,36 +412,53 @@ def test_what_needs_a_pool_is_refused(tmp_path, name, value):
     ("examples", "batch", "accumulation"), [(1000, 8, 4), (1000, 8, 1), (100, 32, 4), (100, 32, 3), (70, 32, 2)]
 )
 def test_passes_fill_the_epoch_whatever_its_length(examples, batch, accumulation):
-    class Loader:
-        dataset, batch_size, total_batch_size = range(examples), batch, batch
-
-        def __len__(self):
-            return math.ceil(examples / batch)
-
-    settings = arguments("/tmp", uniform_share=0.1)
-    remembering = Remembering(settings, Loader(), accumulation, 0, 1, 0, lambda rows: rows)
+    data = IndexedDataset([{"x": torch.tensor(i)} for i in range(examples)])
+    loader = DataLoader(data, batch, collate_fn=IndexedCollator(default_collate))
+    micro_batches, table, sampler = len(loader), Table(examples, ALONE), History()
+    updates = math.ceil(micro_batches / accumulation)
+    feed = Feed(loader, ALONE, Padding(), 0, batch, accumulation, updates, None, skipped=lambda: 0)
+    sampler.begin(
+        facts(
+            table,
+            examples=examples,
+            batch_size=batch,
+            accumulation=accumulation,
+            micro_batches=micro_batches,
+            updates=updates,
+            ranks=1,
+            place=lambda: feed.place,
+            visiting=lambda: feed.visiting,
+            draws=lambda: feed.state.draws,
+            generator=lambda *key: torch.Generator().manual_seed(key_to_seed(0, *key)),
+        )
+    )
     random = torch.Generator().manual_seed(0)
     for step in range(4):
-        remembering.history.record(
-            torch.arange(examples),
-            torch.rand(examples, generator=random).exp() ** 4,
-            torch.full((examples,), step).int(),
-            torch.ones(examples),
-        )
-    remembering.history.refit()
-    remembering.history.averages.add(1000, 3.0, 1.0, 0.9)
-    epoch, micro_batches = object(), len(Loader())
-    for update in range(remembering.updates):
-        remembering.begin_step(epoch, 0)
-        if remembering.at_decision:
-            assert remembering.decide()
-        current = remembering.history.current
+        scores = torch.rand(examples, generator=random).exp() ** 4
+        table.add(torch.arange(examples), scores.double(), torch.ones(examples).double(), step)
+        table.exchange()
+    sampler.calibrate()
+    sampler.learn(1.5, [1000, 3.0, 1.0])
+    epoch, seen, begun = iter(()), [], []
+    for update in range(updates):
+        feed.follow(epoch, accumulation)
+        if feed.decision_due:
+            feed.visit(sampler.visits())
+            assert sampler.active
+            assert sampler.state.skipped_share == 1 - len(feed.tensors()["index"]) / examples
+            begun.append(len(feed.tensors()["index"]))
+            seen.append([])
         # As many as Trainer asks for: with fewer it would not make the optimizer step.
         wanted = min(accumulation, micro_batches - update * accumulation)
-        assert current.length - current.position >= wanted
-        current.position += wanted
-    assert current.position == current.length
-    assert len(current.index.unique()) == len(current.index)
+        handed = feed.hand_out(wanted)
+        assert len(handed.batches) == wanted
+        assert torch.cat([one[INDEX] for one in handed.batches]).equal(handed.index)
+        seen[-1] += handed.index.tolist()
+    # Each pass ends where its examples do, and the last with the epoch.
+    assert [len(one) for one in seen] == begun
+    assert all(len(set(one)) == len(one) for one in seen)
+    feed.follow(iter(()), accumulation)
+    assert feed.decision_due
 
 
 # ---- Memory that stops paying ----
@@ -366,14 +477,15 @@ class Fading(Look):
         return 1000 * torch.rand(len(labels), generator=self.noise).pow(8)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        current = None if self._remembering is None else self._remembering.history.current
-        self.passes.append(None if current is None else (current.uniform, current.number))
+        step = self._run.step
+        kind = {"batch": "trainer", "visits": "drawn" if step.drawn else "uniform"}[step.kind]
+        self.passes.append((kind, self._run.feed.state.draws))
         return super().training_step(model, inputs, *args, **kwargs)
 
 
 def test_where_memory_stops_paying_the_rest_of_the_epoch_is_uniform(tmp_path):
     ours = train(tmp_path, kind=Fading, score=None, max_steps=6 * STEPS)
-    kinds = ["trainer" if found is None else "uniform" if found[0] else "drawn" for found in ours.passes]
+    kinds = [kind for kind, _ in ours.passes]
     assert kinds[69] == "drawn" and "uniform" in kinds[70:80]
     step = kinds.index("uniform")
     for batch, kind in zip(ours.seen_batches, kinds, strict=True):
@@ -389,7 +501,7 @@ def test_where_memory_stops_paying_the_rest_of_the_epoch_is_uniform(tmp_path):
 def test_a_run_is_resumed_in_a_uniform_pass(tmp_path):
     settings = {"kind": Fading, "score": None, "max_steps": 82, "save_strategy": "steps"}
     whole = train(tmp_path, save_steps=79, **settings)
-    assert whole.passes[78][0] and whole.passes[79][0]
+    assert whole.passes[78][0] == whole.passes[79][0] == "uniform"
     resumed = Fading(
         model=toys.bert(dropout=0.1),
         args=arguments(tmp_path / "again", max_steps=82),

@@ -9,10 +9,10 @@ import torch
 import toys
 
 from hf_importance import ImportanceTrainer
-from hf_importance.batches import Padding, Pool
-from hf_importance.heads import ClassificationHead
-from hf_importance.presampling import evaluation_mode, score_pool
-from hf_importance.sampling import inclusion_probabilities
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads.tasks import ClassificationHead
+from hf_importance.objective.scorer import evaluation_mode
+from hf_importance.theory.sampling import inclusion_probabilities
 
 
 class Spy:
@@ -85,7 +85,7 @@ def test_it_goes_off_again_and_every_switch_is_logged(tmp_path, digits, caplog):
     switches = [e for e in history if "loss" not in e and "importance/switches" in e]
     assert [(e["importance/active"], e["importance/switches"], e["step"]) for e in switches] == [
         (1.0, 1, 1),
-        (0.0, 2, 3),
+        (0.0, 2, 4),
     ]
     steps = [e["importance/active_share"] for e in history if "loss" in e]
     assert steps == [0, 1, 1, 1, 0, 0]
@@ -93,7 +93,7 @@ def test_it_goes_off_again_and_every_switch_is_logged(tmp_path, digits, caplog):
     assert len(lines) == 2
     assert "on after step 1: tau 1.0" in lines[0]
     assert "threshold 1.000" in lines[0]
-    assert "off after step 3" in lines[1]
+    assert "off after step 4" in lines[1]
 
 
 @pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
@@ -159,9 +159,9 @@ def test_the_weighted_gradient_is_unbiased_over_every_outcome(tmp_path):
         torch.testing.assert_close(found, (weight[drawn, None] * alone[drawn]).mean(0), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["upper_bound", "loss", "gradient_norm"])
-def test_every_score_trains(tmp_path, digits, kind):
-    args = toys.always_on(tmp_path, importance_score=kind, max_steps=3, logging_steps=3)
+@pytest.mark.parametrize("settings", [{}, {"importance_score": "loss"}, {"score": "gradient_norm"}])
+def test_every_score_trains(tmp_path, digits, settings):
+    args = toys.always_on(tmp_path, max_steps=3, logging_steps=3, **settings)
     trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
     entry = next(e for e in trainer.state.log_history if "loss" in e)
     assert entry["importance/active_share"] == pytest.approx(2 / 3)
@@ -173,7 +173,7 @@ def test_gradient_norm_is_the_norm_over_all_trainable_parameters(digits):
     model.classifier.bias.requires_grad_(False)
     batch = digits[:6]
     head = ClassificationHead("single_label_classification", 10, 0.0)
-    found = score_pool(model, Pool([batch], Padding()), head, "gradient_norm", None, None)
+    found = toys.score_pool(model, PooledBatches([batch], Padding()), head, "gradient_norm")
     model.eval()
     for i in range(6):
         model.zero_grad()
@@ -190,7 +190,7 @@ def test_scoring_restores_each_modules_mode_and_moves_no_statistics(digits):
     with pytest.raises(KeyError), evaluation_mode(model):
         assert not any(module.training for module in model.modules())
         raise KeyError
-    found = score_pool(model, Pool([digits[:8]], Padding()), head, "upper_bound", None, None)
+    found = toys.score_pool(model, PooledBatches([digits[:8]], Padding()), head, "upper_bound")
     assert not found.requires_grad
     assert not frozen.training
     assert model.training

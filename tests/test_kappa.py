@@ -2,15 +2,19 @@
 
 import json
 import time
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toys
+from accelerate import Accelerator
 from transformers import Trainer
 
-from hf_importance import ImportanceTrainer
-from hf_importance.costs import ASSUMED_KAPPA
-from hf_importance.kappa import FEW_SAMPLES, SAMPLES, WARM_UP, KappaMeter
+from hf_importance import ImportanceTrainer, Presample
+from hf_importance.run.clock import FEW_SAMPLES, SAMPLES, WARM_UP, Clock
+from hf_importance.run.ranks import Ranks
+from hf_importance.theory.costs import ASSUMED_KAPPA
 
 PROBES = WARM_UP + SAMPLES
 
@@ -72,7 +76,11 @@ def skewed(outputs, labels):
 
 
 def auto(tmp_path, **overrides):
-    return toys.arguments(tmp_path, presample_ratio="auto", logging_steps=1, **overrides)
+    return toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, logging_steps=1, **overrides)
+
+
+def clock_of(trainer):
+    return trainer.sampler.run.clock
 
 
 # A sleep is at least as long as asked for; on a busy machine longer, the shorter the more. Hence the tolerance.
@@ -108,7 +116,7 @@ def test_it_is_measured_while_on_where_nothing_waits_for_it(tmp_path, digits):
     # Scoring 48 in three passes of 0.03 for 16.
     assert logged[-1] == pytest.approx(1 / 3, rel=0.5)
     assert logged[-1] != ASSUMED_KAPPA
-    assert trainer._meter.mark() is None
+    assert clock_of(trainer).measured
 
 
 @pytest.mark.parametrize(("overhead", "stays"), [(0.0, True), (0.4, True), (1.0, False)])
@@ -117,12 +125,11 @@ def test_what_does_not_shrink_with_the_batch_is_measured(tmp_path, digits, overh
     args = auto(tmp_path, importance_budget="constant_variance", max_steps=4 * PROBES)
     data = SlowData(digits.select(range(128)), 0.0)
     trainer = toys.run(ImportanceTrainer, Slow(0.02, 0.1, overhead), args, data, compute_score_func=skewed)
-    assert trainer._meter.overhead == pytest.approx(overhead, abs=0.2)
+    assert clock_of(trainer).overhead == pytest.approx(overhead, abs=0.2)
     log = [e for e in trainer.state.log_history if "loss" in e]
-    assert log[-1]["importance/overhead"] == trainer._meter.overhead
+    assert log[-1]["importance/overhead"] == clock_of(trainer).overhead
     assert max(e["importance/active"] for e in log) == 1
     assert bool(log[-1]["importance/active"]) == stays
-    assert trainer._meter.mark(later=True) is None
 
 
 def test_pools_are_held_against_the_last_whole_batches(tmp_path, digits):
@@ -132,80 +139,118 @@ def test_pools_are_held_against_the_last_whole_batches(tmp_path, digits):
 
     def score(outputs, labels):
         # Once kappa is known the machine becomes four times as slow; six whole batches later it pays to presample.
-        if trainer._meter.measured:
+        if clock_of(trainer).measured:
             trainer.model.seconds = (0.02, 0.1)
         return skewed(outputs, labels) if trainer.state.global_step >= 2 * PROBES + 2 else flat(outputs, labels)
 
     trainer.compute_score_func = score
     trainer.train()
-    assert trainer._meter.overhead == pytest.approx(0.0, abs=0.2)
-    assert trainer._meter.kappa == pytest.approx(1 / 6, rel=0.5)
+    assert clock_of(trainer).overhead == pytest.approx(0.0, abs=0.2)
+    assert clock_of(trainer).kappa == pytest.approx(1 / 6, rel=0.5)
     assert trainer.state.log_history[-2]["importance/active"] == 1
 
 
-def test_it_is_not_measured_where_training_was_not(tmp_path, digits):
-    meter = KappaMeter(torch.device("cpu"))
-    meter.load(0.2)
-    assert meter.mark(later=True) is None
-    meter.load(0.2, training=0.01)
-    assert meter.mark(later=True) is not None
+# ---- The clock alone, by a time that passes as it is told ----
 
 
-def test_one_slow_batch_does_not_count():
-    meter = KappaMeter(torch.device("cpu"))
+class Steps:
+    """Steps of 16 examples whose parts take as long as they are told; it counts what is asked of it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.looks, self.probes = 1.0, 0, 0
+        monkeypatch.setattr("hf_importance.run.clock.time", SimpleNamespace(perf_counter=self.look))
+        self.clock = Clock(torch.device("cpu"), Ranks(Accelerator(cpu=True)))
+
+    def look(self):
+        self.looks += 1
+        return self.now
+
+    def probe(self, seconds):
+        self.now += seconds
+        self.probes += 1
+        return 16
+
+    def train(self, seconds, examples=16):
+        with self.clock.training_on({"labels": torch.zeros(examples)}):
+            self.now += seconds
+
+    def uniform(self, score, train):
+        self.clock.begin_step(wanted=True)
+        self.clock.probe(16, lambda: self.probe(score))
+        self.train(train)
+        self.clock.learn(batch_size=16)
+
+    def by_pool(self, score, train, pool=20, kept=4):
+        self.clock.begin_step(wanted=True)
+        with self.clock.scoring(lambda: pool, kept / 16):
+            self.now += score
+        self.train(train, kept)
+        self.clock.learn(batch_size=16)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return Steps(monkeypatch)
+
+
+def test_the_overhead_is_not_measured_where_training_was_not(steps):
+    steps.clock.load(0.2)
+    for _ in range(WARM_UP + FEW_SAMPLES):
+        steps.by_pool(score=0.1, train=0.1)
+    assert (steps.clock.overhead, steps.looks) == (None, 0)
+    steps.clock.load(0.2, training=0.01)
+    for _ in range(WARM_UP + FEW_SAMPLES):
+        steps.by_pool(score=0.1, train=0.1)
+    assert steps.clock.overhead is not None and steps.looks > 0
+
+
+def test_one_slow_batch_does_not_count(steps):
     for batch in range(PROBES):
-        for part, seconds in {"wait": 0.0, "score": 0.02, "train": 0.04}.items():
-            assert not meter.ready
-            mark = meter.mark()
-            # The first of all is a warm-up, and one is slow for another reason.
-            time.sleep(0.3 if part == "score" and batch in (0, 3) else seconds)
-            meter.add(part, mark, 8)
-    assert meter.ready
-    presampling, training = meter.read()
-    assert presampling / training == pytest.approx(0.5, rel=0.5)
-    meter.settle(presampling, training)
-    assert (meter.measured, meter.ready, meter.mark()) == (True, False, None)
+        assert not steps.clock.measured
+        # The first of all is a warm-up, and one is slow for another reason.
+        steps.uniform(score=0.3 if batch in (0, 3) else 0.02, train=0.04)
+    assert steps.clock.measured
+    assert steps.clock.kappa == pytest.approx(0.5)
+    # Then it stays as it is, and nothing is scored for it.
+    for _ in range(PROBES):
+        steps.uniform(score=0.01, train=0.04)
+    assert steps.clock.kappa == pytest.approx(0.5)
+    assert steps.probes == PROBES
 
 
-def timed(meter, part, seconds, examples):
-    meter.add(part, time.perf_counter() - seconds, examples)
-
-
-def test_other_programs_that_slow_every_other_batch_do_not_count_on_a_cpu():
-    meter = KappaMeter(torch.device("cpu"))
+def test_other_programs_that_slow_every_other_batch_do_not_count_on_a_cpu(steps):
     for batch in range(PROBES):
         odd = batch % 2
-        timed(meter, "wait", 0.0, 16)
-        timed(meter, "score", 1.6 * (2.5 if odd else 1.0), 16)
-        timed(meter, "train", 6.4 * (1.0 if odd else 2.5), 16)
-    presampling, training = meter.read()
-    assert presampling / training == pytest.approx(0.25, rel=0.01)
+        steps.uniform(score=1.6 * (2.5 if odd else 1.0), train=6.4 * (1.0 if odd else 2.5))
+    assert steps.clock.kappa == pytest.approx(0.25, rel=0.01)
 
 
-def test_a_machine_that_became_slower_changes_neither_kappa_nor_the_overhead():
-    meter = KappaMeter(torch.device("cpu"))
-    meter.settle(presampling=0.1, training=0.4)
+def test_a_machine_that_became_slower_changes_neither_kappa_nor_the_overhead(steps):
+    steps.clock.load(0.25, training=0.4)
     # All takes three times as long as then. Of a step of 16 examples 0.2 does not shrink.
     for _ in range(PROBES):
-        timed(meter, "wait", 0.0, 16)
-        timed(meter, "train", 3 * 16 * 0.4, 16)
+        steps.uniform(score=0.0, train=3 * 16 * 0.4)
     for _ in range(WARM_UP + FEW_SAMPLES):
-        assert not meter.few_ready
-        timed(meter, "pool wait", 0.0, 20)
-        timed(meter, "pool", 3 * 20 * 0.1, 20)
-        timed(meter, "few", 3 * 16 * 0.4 * (0.2 + 0.8 * 4 / 16), 4)
-    assert meter.few_ready
-    kappa, overhead = meter.read_few(batch_size=16)
-    assert (kappa, overhead) == (pytest.approx(0.25, rel=0.01), pytest.approx(0.2, rel=0.01))
-    meter.settle_few(kappa, overhead)
-    assert not meter.few_ready
+        assert steps.clock.overhead is None
+        steps.by_pool(score=3 * 20 * 0.1, train=3 * 16 * 0.4 * (0.2 + 0.8 * 4 / 16), pool=20, kept=4)
+    found = steps.clock.kappa, steps.clock.overhead
+    assert found == (pytest.approx(0.25, rel=0.01), pytest.approx(0.2, rel=0.01))
+    # Nobody looks at the time again.
+    looks = steps.looks
+    for _ in range(WARM_UP + FEW_SAMPLES):
+        steps.by_pool(score=1.0, train=1.0)
+    assert (steps.clock.kappa, steps.clock.overhead, steps.looks) == (*found, looks)
 
 
 @pytest.mark.parametrize(("presampling", "kappa"), [(0.0, 0.001), (2.0, 0.99)])
-def test_it_stays_between_0_and_1(presampling, kappa):
-    meter = KappaMeter(torch.device("cpu"))
-    meter.settle(presampling, 1.0)
-    assert meter.kappa == kappa
+def test_it_stays_between_0_and_1(steps, presampling, kappa):
+    for _ in range(PROBES):
+        steps.uniform(score=presampling, train=1.0)
+    assert steps.clock.measured
+    assert steps.clock.kappa == kappa
+
+
+# ---- Nothing else moves ----
 
 
 def test_off_is_still_exactly_the_plain_trainer(tmp_path, digits):
@@ -220,7 +265,7 @@ def test_off_is_still_exactly_the_plain_trainer(tmp_path, digits):
         trainer.train()
         trainers.append(trainer)
         streams.append(recorder.streams)
-    assert trainers[0]._meter.measured
+    assert clock_of(trainers[0]).measured
     assert streams[0] == streams[1]
     for one, other in zip(*(trainer.model.state_dict().values() for trainer in trainers), strict=True):
         assert torch.equal(one, other)
@@ -242,8 +287,8 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
             folder,
             presample_ratio="auto",
             importance_budget="constant_variance",
-            tau_threshold="auto",
-            tau_momentum=0.8,
+            tau_threshold=None,
+            momentum=0.8,
             save_strategy="steps",
             save_steps=26,
             max_steps=34,
@@ -266,8 +311,8 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     checkpoint = tmp_path / "whole" / "checkpoint-26"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
-    assert saved["kappa"] == whole._meter.kappa != ASSUMED_KAPPA
-    assert saved["overhead"] == whole._meter.overhead is not None
+    assert saved["clock"]["kappa"] == clock_of(whole).kappa != ASSUMED_KAPPA
+    assert saved["clock"]["overhead"] == clock_of(whole).overhead is not None
     resumed = scored(build(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for one, other in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
@@ -283,11 +328,18 @@ def test_a_resumed_run_decides_the_same(tmp_path, digits):
     assert 1.0 in active[26:]
 
 
+@dataclass
+class Timed(Presample):
+    """Begins with measured times."""
+
+    def begin(self, run):
+        super().begin(run)
+        run.clock.load(0.05, training=1.0)
+
+
 def test_a_step_whose_scores_are_not_finite_is_no_step_on_few(tmp_path):
-    args = toys.arguments(tmp_path, presample_ratio="auto", max_steps=30)
-    trainer = ImportanceTrainer(model=toys.bert(), args=args, train_dataset=toys.sentences(256))
-    begin = trainer._begin_importance
-    trainer._begin_importance = lambda: (begin(), trainer._meter.load(0.05, training=1.0))
+    args = auto(tmp_path, max_steps=30)
+    trainer = ImportanceTrainer(model=toys.bert(), args=args, train_dataset=toys.sentences(256), sampler=Timed())
 
     def score(outputs, labels):
         scores = skewed(outputs, labels)
@@ -296,4 +348,4 @@ def test_a_step_whose_scores_are_not_finite_is_no_step_on_few(tmp_path):
     trainer.compute_score_func = score
     trainer.train()
     assert trainer.state.log_history[-2]["importance/nonfinite_steps"] > 5
-    assert trainer._meter.overhead == 0.0  # a second an example was never taken
+    assert clock_of(trainer).overhead == 0.0  # a second an example was never taken

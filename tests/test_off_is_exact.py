@@ -5,7 +5,7 @@ import torch
 import toys
 from transformers import Trainer, TrainingArguments
 
-from hf_importance import ImportanceTrainer
+from hf_importance import ImportanceTrainer, Presample
 
 NEVER = 3.99  # below sqrt(16), so it is a threshold that the arguments accept, and that these short runs never pass
 
@@ -109,5 +109,6 @@ def test_plain_training_arguments_get_the_defaults(tmp_path, digits):
     )  # fmt: skip
     trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(100)))
     given = trainer.importance_args
-    assert (given.presample_ratio, given.importance_budget, given.threshold) == ("auto", "constant_variance", None)
+    assert (given.presample_ratio, given.ratio, given.threshold) == ("auto", None, None)
+    assert trainer.sampler == Presample(ratio=None, threshold=None, budget="constant_variance")
     assert trainer.state.global_step == 2

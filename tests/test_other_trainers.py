@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from hf_importance import ImportanceArguments, ImportanceMixin, ImportanceTrainer
-from hf_importance.batches import WEIGHTS, Padding, Pool
-from hf_importance.presampling import score_pool
+from hf_importance.batches.entries import WEIGHTS
+from hf_importance.batches.pool import Padding, PooledBatches
 
 # peft's and TRL's own: they still say gradient_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-ON = {"tau_threshold": 1 + 1e-9, "tau_momentum": 0.0}
+ON = {"tau_threshold": 1 + 1e-9, "importance_kwargs": {"momentum": 0.0}}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
 
 
@@ -145,8 +145,8 @@ def adapted_without_a_task():
 )
 def test_the_head_is_found_through_the_adapter(tmp_path, build, head):
     trainer = ImportanceTrainer(model=build(), args=toys.always_on(tmp_path), train_dataset=toys.sentences())
-    assert type(trainer._head).__name__ == head
-    assert getattr(trainer._head, "shift", False) is (build is adapted_llama)
+    assert type(trainer._objective.head).__name__ == head
+    assert getattr(trainer._objective.head, "shift", False) is (build is adapted_llama)
 
 
 PEFT = {"BERT": (adapted_bert, toys.sentences), "Llama": (adapted_llama, sequences)}
@@ -181,7 +181,8 @@ def test_gradient_norm_runs_over_the_adapters_only(tmp_path):
             torch.nn.init.normal_(parameter, std=0.3)  # they start at 0, and lora_A would have no gradient
     trainer = ImportanceTrainer(model=model, args=toys.always_on(tmp_path), train_dataset=toys.sentences())
     batch = toys.sentences()[:4]
-    found = score_pool(model, Pool([batch], Padding()), trainer._head, "gradient_norm", None, None)
+    pool = PooledBatches([batch], Padding())
+    found = toys.score_pool(model, pool, trainer._objective.head, "gradient_norm")
     model.eval()
     for i in range(4):
         model.zero_grad()
@@ -288,7 +289,7 @@ class TestSFT:
         features.padding_is_right(next(iter(trainer.get_train_dataloader())), "right")
         trainer.train()
         batch = weighted(trainer)[-1]
-        model, head = trainer.model.eval(), trainer._head
+        model, head = trainer.model.eval(), trainer._objective.head
         together = head.losses(model(**head.model_inputs(batch)), batch).detach()
         for i, mask in enumerate(batch["attention_mask"].bool()):
             row = {name: batch[name][i : i + 1, mask] for name in ("input_ids", "attention_mask", "labels")}

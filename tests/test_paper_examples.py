@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import re
 import runpy
 import sys
 from argparse import Namespace
@@ -12,11 +13,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
-from hf_importance import ImportanceTrainingArguments
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Sampler
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 
@@ -119,7 +121,7 @@ def test_every_system_trains_and_draws_by_importance_where_it_has_to(paper, monk
     experiment.train, experiment.test = experiment.train.first(256), experiment.test.first(64)
     experiment.batch_size, experiment.ratio, experiment.tau_threshold = 16, 3.0, 1.0001
     experiment.seconds, experiment.arguments["logging_steps"] = 0.25, 1
-    never = {"uniform", "selective_backprop", "infobatch", "top_loss"}  # no share of theirs is logged
+    never = {"uniform"}
     undecided = {"auto", "cost_rule", "history"}  # they wait for more than the threshold
     assert len(systems) >= 12 and never | undecided < set(systems)
     for name, system in systems.items():
@@ -129,6 +131,52 @@ def test_every_system_trains_and_draws_by_importance_where_it_has_to(paper, monk
 
 
 # ---- What they share ----
+
+
+def test_nothing_private_is_used():
+    for file in PAPER.glob("*.py"):
+        assert not re.findall(r"(?:trainer|self)\._[a-z]\w*", file.read_text()), file
+
+
+@pytest.mark.parametrize(("name", "power"), [("LINEAR", 1.0), ("ROOT", 0.5)])
+def test_the_learning_rate_follows_the_gain_for_the_optimizers_step_alone(paper, name, power):
+    trainer = Namespace(sampler=Namespace(active=True, gain=2.25))
+    callback = getattr(paper("batch_gain"), name)(trainer)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    def rates():
+        callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        raised = optimizer.param_groups[0]["lr"]
+        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        return raised
+
+    assert rates() == pytest.approx(0.1 * 2.25**power)
+    trainer.sampler.gain = 1e6
+    assert rates() == pytest.approx(0.4)
+    trainer.sampler.gain = 0.5
+    assert rates() == 0.1
+    trainer.sampler = Namespace(active=False, gain=9.0)  # what it would be, in a uniform step
+    assert rates() == 0.1
+
+
+def test_infobatch_leaves_nothing_out_in_the_last_part_of_the_time(paper, tmp_path, digits):
+    time, visited = [0.0], []
+    sampler = paper("rivals").InfoBatchByTime(annealing=0.6, gone=lambda: time[0])
+
+    class Passes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            time[0] = state.global_step / 24
+            if state.global_step % 6 == 0:
+                visited.append(sum(trainer.importance_table()["visits"][:]))
+
+    args = toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, max_steps=24)
+    trainer = ImportanceTrainer(
+        toys.vit(), args, train_dataset=digits.select(range(96)), sampler=sampler, callbacks=[Passes()]
+    )
+    trainer.train()
+    first, second, third, last = np.diff([0, *visited]).tolist()
+    assert first == last == 96 and second < 90 and third < 90
 
 
 def test_the_clock_counts_no_looks_and_lets_the_rate_follow_the_time(paper, monkeypatch):
@@ -319,8 +367,13 @@ def test_the_papers_variance_reduction(paper):
     assert 3000 in module.measured_steps(module.FULL) and max(module.measured_steps(module.FULL)) == 48_000
 
 
-def test_every_system_says_where_it_is_from_and_its_arguments_are_accepted(paper, tmp_path):
+def test_every_system_says_where_it_is_from_and_its_arguments_are_accepted(paper, tmp_path, caplog):
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    experiment = Namespace(train=range(8), ratio=3.0, recompute_every=5)
     for module, name in (("systems", "SYSTEMS"), ("batch_gain", "FUTURE"), ("pool_size", "SYSTEMS_BY_POOL")):
         for system in getattr(paper(module), name).values():
             assert system.paper
-            ImportanceTrainingArguments(str(tmp_path), use_cpu=True, **system.arguments)
+            sampler = None if system.sampler is None else system.sampler(experiment, float)
+            args = ImportanceTrainingArguments(str(tmp_path), use_cpu=True, **system.arguments)
+            trainer = ImportanceTrainer(model=model, args=args, sampler=sampler)
+            assert isinstance(trainer.sampler, Sampler) and "no effect" not in caplog.text

@@ -7,9 +7,10 @@ import pytest
 import torch
 import toys
 
-from hf_importance import ImportanceTrainer, plots
-from hf_importance.plots import PANELS, VERMILLION, plot_training
-from hf_importance.reporting import WEIGHT_EDGES, Report
+from hf_importance import ImportanceTrainer
+from hf_importance.reporting import plots
+from hf_importance.reporting.plots import PANELS, VERMILLION, plot_training
+from hf_importance.reporting.report import WEIGHT_EDGES, Report
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,14 @@ def test_every_panel_holds_what_was_logged(trainer):
     assert f"On in 88% of 8 steps, 1 switch; compute {1 + 7 * 3 * kappa / 8:.2f} times" in figure.get_suptitle()
     # The histogram holds each example drawn once: 7 batches of 16.
     (stairs,) = histogram.patches
-    assert trainer._report.weight_counts.sum() == 7 * 16
+    assert trainer.importance_weights().sum() == 7 * 16
     assert sum(stairs.get_data().values) == pytest.approx(1)
     assert titles(plot_training(log)) == panels  # a log holds no histogram
 
 
 def test_the_histogram_counts_weights_by_the_half_octave():
     report = Report(lambda values: values)
-    report.weighted_batch(torch.tensor([1.0, 1.3, 1.5, 0.99, 1e-9, 1e9]), distinct=6, own=6)
+    report.weights(torch.tensor([1.0, 1.3, 1.5, 0.99, 1e-9, 1e9]))
     counts = dict(zip(WEIGHT_EDGES, report.weight_counts.tolist(), strict=False))
     assert counts[1.0] == 2 and counts[2**0.5] == 1 and counts[2**-0.5] == 1
     assert report.weight_counts[0] == report.weight_counts[-1] == 1

@@ -10,7 +10,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hf_importance import ImportanceTrainer
-from hf_importance.progress import TauProgressCallback
+from hf_importance.reporting.progress import StatusProgressCallback
 
 
 def shown(tmp_path, digits, **overrides):
@@ -23,7 +23,7 @@ def shown(tmp_path, digits, **overrides):
 
 def test_the_bar_shows_tau_its_threshold_and_the_switch(tmp_path, digits, monkeypatch):
     monkeypatch.setenv("TQDM_MININTERVAL", "0")  # draw every step
-    _, terminal = shown(tmp_path, digits, tau_threshold=1.5, tau_momentum=0.9)
+    _, terminal = shown(tmp_path, digits, tau_threshold=1.5, momentum=0.9)
     states = re.findall(r"τ ([\d.]+) ([<>]) 1\.50: (on|off)", terminal)
     assert states and {(sign, state) for _, sign, state in states} == {("<", "off")}
     _, terminal = shown(tmp_path, digits)
@@ -44,13 +44,13 @@ def test_there_is_one_bar_and_a_users_own_stays(tmp_path, digits):
     args = toys.arguments(tmp_path, disable_tqdm=False)
     trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits, callbacks=[Mine()])
     kinds = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
-    assert sorted(kind.__name__ for kind in kinds) == ["Mine", "TauProgressCallback"]
+    assert sorted(kind.__name__ for kind in kinds) == ["Mine", "StatusProgressCallback"]
 
 
 def test_switched_off_by_the_argument_the_bar_is_the_trainers(tmp_path, digits):
     args = toys.arguments(tmp_path, disable_tqdm=False, importance_sampling=False)
     trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits)
-    assert not any(isinstance(c, TauProgressCallback) for c in trainer.callback_handler.callbacks)
+    assert not any(isinstance(c, StatusProgressCallback) for c in trainer.callback_handler.callbacks)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])

@@ -22,7 +22,8 @@ from transformers import (
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-SHORT = ["--max_steps", "12", "--presample_ratio", "3", "--tau_threshold", "1.0001", "--tau_momentum", "0"]
+SHORT = ["--max_steps", "12", "--presample_ratio", "3", "--tau_threshold", "1.0001"]
+SHORT += ["--importance_kwargs", '{"momentum": 0}']
 # "name  training loss  test error  steps  seconds  examples backpropagated  examples scored"
 ROW = re.compile(r"^(\w[\w, ]*?) +([\d.]+) +([\d.]+)% +(\d+) +([\d.]+) +([\d,]+) +([\d,]+)$", re.MULTILINE)
 

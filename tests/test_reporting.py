@@ -8,8 +8,7 @@ import toys
 from transformers import HfArgumentParser
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.reporting import Report
-from hf_importance.switching import Switch
+from hf_importance.reporting.report import Report, Totals
 
 KEYS = {
     "tau",
@@ -56,31 +55,37 @@ def test_disabled_logs_nothing_of_ours(tmp_path, digits):
 
 def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
     report = Report(lambda values: [2 * value for value in values])  # two ranks with equal counts
-    switch = Switch(2.0, 0.9)
     report.step(False)
-    report.uniform_batch(4)
+    report.sample_size(4)
+    report.add(Totals(examples_trained=4, examples_distinct=4))
     report.step(True)
-    report.scored(12, 0.0)
-    report.weighted_batch(torch.tensor([1.0, 3.0]), distinct=1, own=5)
-    first = report.drain(switch, {"gain": 1.5, "kappa": 0.2})
+    report.weights(torch.tensor([1.0, 3.0]))
+    report.add(Totals(examples_scored=12, examples_trained=2, examples_distinct=1, examples_saved=3))
+    first = report.drain(1.5, True, 3, {"gain": 1.25, "kappa": 0.2})
+    assert first["importance/tau"] == 1.5
+    assert first["importance/batch_size_gain"] == 1.5**2
+    assert first["importance/active"] == 1
+    assert first["importance/switches"] == 3
     assert first["importance/active_share"] == 0.5
     assert first["importance/kappa"] == 0.2
     assert first["importance/max_weight"] == 3
     assert first["importance/effective_sample_size"] == pytest.approx((4 + 1.6) / 2)
     assert first["importance/examples_trained"] == 2 * 6
-    assert first["importance/gain"] == 1.5
+    assert first["importance/gain"] == 1.25
     assert first["importance/examples_distinct"] == 2 * 5
     assert first["importance/examples_saved"] == 2 * 3
     assert first["importance/examples_scored"] == 2 * 12
     report.step(False)
-    report.uniform_batch(4)
-    second = report.drain(switch, {})
+    report.sample_size(4)
+    report.add(Totals(examples_trained=4, examples_distinct=4))
+    second = report.drain(1.5, False, 4, {})
     assert second["importance/active_share"] == 0
     assert second["importance/max_weight"] == 1
     assert second["importance/examples_trained"] == 2 * 10
-    summary = report.summary()
+    summary = report.summary(1, {"kappa": 0.2})
     assert summary["importance/steps_on"] == 1  # the same on every rank, so not summed
     assert summary["importance/examples_saved"] == 2 * 3
+    assert summary["importance/kappa"] == 0.2
 
 
 # Some arguments refuse each other.
@@ -88,30 +93,21 @@ ARGUMENTS = [
     {
         "importance_sampling": False,
         "importance_method": "history",
-        "uniform_share": 0.25,
         "importance_score": "loss",
         "importance_budget": "constant_variance",
-        "variance_margin": 1.5,
-        "presample_ratio": 4.5,
-        "resampling": "multinomial",
-        "tau_threshold": 1.75,
-        "tau_momentum": 0.5,
         "scoring_batch_size": 7,
         "scoring_dtype": "bf16",
         "batch_norm": "frozen",
-        "weight_exponent": 0.5,
+        "importance_kwargs": {"margin": 1.5, "share": 0.25, "bias": 0.5},
     },
     {
-        "importance_method": "online_batch_selection",
-        "importance_score": "loss",
-        "selection_pressure": 50.0,
-        "final_selection_pressure": 2.0,
-        "recompute_every": 600,
-        "priority_exponent": 0.7,
-        "correction_exponent": 0.5,
-        "redraw_every": 4,
+        "importance_method": "presample",
+        "presample_ratio": 4.5,
+        "tau_threshold": 1.75,
+        "importance_kwargs": {"momentum": 0.5, "resampling": "multinomial"},
     },
-    {"learning_rate_scaling": "sqrt"},
+    {"importance_method": "auto", "importance_budget": "constant_time"},
+    {"importance_method": "observe"},
 ]
 
 
@@ -120,12 +116,22 @@ def test_every_argument_is_listed():
     assert fields == {name for settings in ARGUMENTS for name in settings}
 
 
+def on_the_command_line(value) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 @pytest.mark.parametrize("settings", ARGUMENTS)
 def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path, settings):
+    # Of these the command line gives text, and a field keeps what was given.
+    meant = {"presample_ratio": "ratio", "importance_kwargs": "kwargs"}
+
+    def found(args):
+        return {name: getattr(args, meant.get(name, name)) for name in settings}
+
     parser = HfArgumentParser(ImportanceTrainingArguments)
-    line = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    line = [word for name, value in settings.items() for word in (f"--{name}", on_the_command_line(value))]
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
-    assert {name: getattr(args, name) for name in settings} == settings
+    assert found(args) == settings
     for suffix, dump, parse in (
         ("json", json.dumps, parser.parse_json_file),
         ("yaml", lambda d: "\n".join(f"{k}: {json.dumps(v)}" for k, v in d.items()), parser.parse_yaml_file),
@@ -133,14 +139,23 @@ def test_every_argument_is_parsed_from_the_command_line_json_and_yaml(tmp_path, 
         file = tmp_path / f"arguments.{suffix}"
         file.write_text(dump({"output_dir": str(tmp_path), **settings}))
         (args,) = parse(str(file))
-        assert {name: getattr(args, name) for name in settings} == settings
+        assert found(args) == settings
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--no_importance_sampling"])
     assert not args.importance_sampling
 
 
 def test_auto_is_parsed_from_the_command_line(tmp_path):
-    words = ["--output_dir", str(tmp_path), "--presample_ratio", "auto", "--tau_threshold", "auto"]
+    words = ["--output_dir", str(tmp_path), "--presample_ratio", "auto"]
     (args,) = HfArgumentParser(ImportanceTrainingArguments).parse_args_into_dataclasses(words)
-    assert (args.presample_ratio, args.tau_threshold, args.ratio) == ("auto", "auto", None)
-    assert args.goes_by_price
-    assert args.threshold is None
+    assert (args.presample_ratio, args.ratio) == ("auto", None)
+    assert args.tau_threshold is None and args.threshold is None  # on by its price
+
+
+def test_help_lists_the_choices_and_refuses_others(tmp_path, capsys):
+    parser = HfArgumentParser(ImportanceTrainingArguments)
+    shown = parser.format_help()
+    for choices in ("presample,history,auto,observe", "upper_bound,loss", "untouched,frozen", "bf16,fp16,fp32"):
+        assert f"{{{choices}}}" in shown
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--importance_method", "prioritized"])
+    assert "invalid choice: 'prioritized'" in capsys.readouterr().err

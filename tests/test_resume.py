@@ -14,6 +14,7 @@ import toys
 from transformers import Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
+from hf_importance.checkpoint.state import VERSION
 
 
 def scores_by_step(on_from, off_from):
@@ -42,6 +43,11 @@ def build(tmp_path, data, make_score=None, kind=ImportanceTrainer, eval_dataset=
 def assert_same_parameters(one, other):
     for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def place(trainer):
+    """How far the stream was read."""
+    return trainer._run.feed.state.stream
 
 
 def check_resume(tmp_path, data, make_score=None, step=5, **overrides):
@@ -95,9 +101,9 @@ def test_a_stream(tmp_path, phase, workers):
     # 40 batches: while on, a step takes 3 of them, so 10 steps end within the first pass.
     data = toys.sentences(640).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=64)
     whole, resumed = check_resume(tmp_path, data, PHASES[phase], dataloader_num_workers=workers)
-    assert whole._stream.place() == resumed._stream.place()
-    assert whole._stream.passes == 0
-    assert (whole._stream.drawn == 10) is (phase == "off")
+    assert place(whole) == place(resumed)
+    assert place(whole).passes == 0
+    assert (place(whole).drawn == 10) is (phase == "off")
 
 
 @pytest.mark.parametrize("step", [4, 6, 9])
@@ -108,8 +114,8 @@ def test_a_stream_that_is_started_over(tmp_path, step):
     whole.train()
     resumed = build(tmp_path / "resumed", data, save_steps=1)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    assert whole._stream.place() == resumed._stream.place()
-    assert whole._stream.passes == 2
+    assert place(whole) == place(resumed)
+    assert place(whole).passes == 2
     assert_same_parameters(whole, resumed)
 
 
@@ -118,7 +124,7 @@ def test_ignore_data_skip_starts_the_stream_from_its_beginning(tmp_path):
     build(tmp_path / "whole", data).train()
     resumed = build(tmp_path / "resumed", data, ignore_data_skip=True, save_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    assert resumed._stream.drawn == 5 * 3
+    assert place(resumed).drawn == 5 * 3
 
 
 def test_ignore_data_skip_starts_the_epoch_over_and_the_reserve_goes_on(tmp_path):
@@ -183,10 +189,13 @@ def test_the_state_is_json_with_a_version(tmp_path):
     build(tmp_path, toys.sentences(128)).train()
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
-    assert saved["version"] == 1
-    assert saved["switch"]["active"] is True
-    assert saved["reserve_position"] == 8  # steps 2 to 5, two batches each
+    assert saved["version"] == VERSION == 2
+    assert saved["step"] == 5
+    assert saved["sampler"]["settings"]["name"] == "Presample"
+    assert saved["sampler"]["state"]["on"] is True
+    assert saved["feed"]["reserve"] == 8  # steps 2 to 5, two batches each
     assert saved["totals"]["examples_trained"] == 80
+    assert saved["table"] is None
 
 
 def test_restored_callback_states_do_not_disturb(tmp_path):
@@ -214,12 +223,55 @@ def test_a_plain_trainer_resumes_from_ours(tmp_path):
     assert trainer.state.global_step == 10
 
 
-def test_a_newer_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (7, "has version 7, and this package knows versions up to 2; a newer hf_importance can resume it"),
+        (1, "has version 1, that of an earlier hf_importance, and this one reads version 2 only"),
+    ],
+)
+def test_another_version_is_refused(tmp_path, version, message):
     data = toys.sentences(128)
     build(tmp_path, data).train()
     file: Path = tmp_path / "checkpoint-5" / "trainer_state.json"
     state = json.loads(file.read_text())
-    state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]["version"] = 7
+    state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]["version"] = version
     file.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="has version 7, and this package knows versions up to 1"):
+    with pytest.raises(ValueError, match=message) as raised:
         build(tmp_path, data).train(resume_from_checkpoint=str(file.parent))
+    assert str(file) in str(raised.value)
+    assert "resume from an older checkpoint, or delete the entry" in str(raised.value)
+
+
+def test_a_checkpoint_of_version_1_is_refused_and_can_be_resumed_without_its_entry(tmp_path):
+    data = toys.sentences(128)
+    build(tmp_path, data).train()
+    file: Path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    callbacks = state["stateful_callbacks"]
+    callbacks["ImportanceStateCallback"]["attributes"]["importance"] = VERSION_1
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"version 1, .* delete the entry stateful_callbacks.ImportanceStateCallback"):
+        build(tmp_path, data).train(resume_from_checkpoint=str(file.parent))
+    del callbacks["ImportanceStateCallback"]
+    file.write_text(json.dumps(state))
+    trainer = build(tmp_path, data)
+    trainer.train(resume_from_checkpoint=str(file.parent))
+    assert trainer.state.global_step == 10
+
+
+# What the first version wrote, at step 5.
+VERSION_1 = {
+    "version": 1,
+    "step": 5,
+    "switch": {"tau": 1.5, "active": True, "switches": 1},
+    "variance": [0.5, 0.4, 0.3],
+    "steps_on": 4,
+    "totals": {"examples_scored": 0, "examples_trained": 80, "examples_saved": 0, "nonfinite_steps": 0},
+    "reserve_position": 8,
+    "kappa": 0.2,
+    "stream": {"passes": 0, "drawn": 0},
+    "loss_over_step": None,
+    "history": None,
+    "settings": {"importance_method": "presample", "importance_score": "upper_bound", "presample_ratio": 3.0},
+}

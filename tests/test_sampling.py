@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_importance.sampling import effective_sample_size, inclusion_probabilities, resample, systematic_draw
+from hf_importance.theory.sampling import effective_sample_size, inclusion_probabilities, resample, systematic_draw
 
 SCORES = [0.1, 2.0, 0.0, 0.7, 5.0]
 positive = st.floats(1e-6, 1e6)

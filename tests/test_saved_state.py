@@ -12,44 +12,53 @@ from hypothesis import strategies as st
 from test_resume import build
 from transformers import Trainer
 
-from hf_importance.checkpoint import STATE, VERSION, ImportanceStateCallback, saved_state
-from hf_importance.schema import check
-from hf_importance.variance import SHARES
-from hf_importance.whole_checkpoints import HalfWritten, check_whole
+from hf_importance import Auto, History, Presample
+from hf_importance.checkpoint.schema import check
+from hf_importance.checkpoint.state import VERSION, ImportanceStateCallback, saved_state
+from hf_importance.checkpoint.whole import HalfWritten, check_whole
+from hf_importance.run.saved import schema
+from hf_importance.theory.variance import SHARES
 
 NAME = ImportanceStateCallback.__name__
 VALID = {
     "version": VERSION,
     "step": 5,
-    "switch": {"tau": 1.5, "active": True, "switches": 1},
-    "variance": [0.5] * len(SHARES),
-    "steps_on": 4,
+    "run": {"tau": 1.5, "switches": 1, "steps_on": 4, "drawn": True, "items": 80.0, "examples": 80.0},
     "totals": {
         "examples_scored": 0,
         "examples_trained": 80,
-        "examples_saved": 0,
         "examples_distinct": 80,
+        "examples_saved": 0,
         "nonfinite_steps": 0,
     },
-    "reserve_position": 8,
-    "kappa": 0.2,
-    "training_seconds": 0.01,
-    "overhead": None,
-    "stream": {"passes": 0, "drawn": 0},
+    "feed": {
+        "reserve": 8,
+        "parts": 2,
+        "draws": 2,
+        "visited": 3,
+        "visits": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False},
+        "stream": {"passes": 0, "drawn": 0},
+    },
+    "clock": {"kappa": 0.2, "training_seconds": 0.01, "overhead": None},
+    "table": {"paired": 12, "waiting": 1},
     "loss_over_step": None,
-    "history": {
-        "averages": {"count": 9.0, "uniform_moment": 2.0, "drawn_moment": 1.0, "items": 80.0, "examples": 80.0},
-        "passes": 2,
-        "skipped_share": 0.5,
-        "pass": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False, "position": 3},
+    "sampler": {
+        "settings": {"name": "Auto", "fresh.ratio": "3.0", "remembered.share": "0.1"},
+        "state": {
+            "fresh": {"on": True, "moments": [0.5] * len(SHARES)},
+            "remembered": {
+                "count": 9.0,
+                "uniform_moment": 2.0,
+                "drawn_moment": 1.0,
+                "drawn": True,
+                "skipped_share": 0.5,
+                "edges": [0.5],
+                "levels": [0.1, 2.0],
+                "counts": [100, 28],
+            },
+        },
     },
     "settings": {
-        "importance_method": "history",
-        "importance_score": "upper_bound",
-        "presample_ratio": 3.0,
-        "resampling": "systematic",
-        "tau_threshold": 2.0,
-        "tau_momentum": 0.9,
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 1,
         "world_size": 1,
@@ -57,6 +66,7 @@ VALID = {
         "train_dataset length": 128,
     },
 }
+STATE = schema(Auto())
 
 
 def entry(state):
@@ -90,7 +100,7 @@ JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.t
 def test_any_json_in_place_of_any_field_is_taken_up_or_refused(path, value):
     state = replaced(path, value)
     try:
-        found = saved_state(entry(state), "trainer_state.json")
+        found = saved_state(entry(state), "trainer_state.json", STATE)
     except ValueError as error:
         assert str(error).startswith("trainer_state.json: ")
         assert "resume from an older checkpoint, or delete the entry" in str(error)
@@ -108,7 +118,7 @@ def test_any_json_in_place_of_any_field_is_taken_up_or_refused(path, value):
 def test_any_json_in_place_of_the_callbacks_is_taken_up_or_refused(value):
     for callbacks in (value, {NAME: value}, {NAME: {"args": value, "attributes": {"importance": VALID}}}):
         try:
-            found = saved_state(callbacks, "file")
+            found = saved_state(callbacks, "file", STATE)
         except ValueError as error:
             assert str(error).startswith("file: ")
         else:
@@ -121,7 +131,7 @@ def test_any_bytes_in_place_of_the_file_are_taken_up_or_refused(tmp_path, conten
     file = tmp_path / "trainer_state.json"
     file.write_bytes(content)
     try:
-        check_whole(tmp_path)
+        check_whole(tmp_path, STATE)
     except ValueError as error:
         assert str(file) in str(error)
     assert file.read_bytes() == content
@@ -130,37 +140,72 @@ def test_any_bytes_in_place_of_the_file_are_taken_up_or_refused(tmp_path, conten
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 7, r"version 7, and this package knows versions up to 1; a newer hf_importance"),
-        (("version",), "1", r"version must be an integer from 1 to 1, but it is '1'"),
-        (("version",), True, r"version must be an integer from 1 to 1, but it is True"),
-        (("switch", "tau"), float("nan"), r"switch.tau must be a number from 0.999999 to 1e\+09, but it is nan"),
-        (("switch", "tau"), 1e308, r"switch.tau must be a number"),
-        (("switch", "active"), 1, r"switch.active must be true or false, but it is 1"),
-        (("switch", "switches"), -1, r"switch.switches must be an integer from 0"),
-        (("reserve_position",), 1.0, r"reserve_position must be an integer .* but it is 1.0"),
-        (("reserve_position",), 10**400, r"but it is an integer of about 401 digits"),
+        (("version",), 7, r"version 7, and this package knows versions up to 2; a newer hf_importance"),
+        (("version",), 1, r"version 1, that of an earlier hf_importance, and this one reads version 2 only"),
+        (("version",), "2", r"version must be an integer from 2 to 2, but it is '2'"),
+        (("version",), True, r"version must be an integer from 2 to 2, but it is True"),
+        (("run", "tau"), float("nan"), r"run.tau must be a number from 0.999999 to 1e\+09, but it is nan"),
+        (("run", "tau"), 1e308, r"run.tau must be a number"),
+        (("run", "drawn"), 1, r"run.drawn must be true or false, but it is 1"),
+        (("run", "switches"), -1, r"run.switches must be an integer from 0"),
+        (("feed", "reserve"), 1.0, r"feed.reserve must be an integer .* but it is 1.0"),
+        (("feed", "reserve"), 10**400, r"but it is an integer of about 401 digits"),
+        (
+            ("feed", "visits"),
+            4,
+            r"feed.visits must be an object with batch_size, length, .* but it is 4",
+        ),
         (("totals",), [1, 2], r"totals must be an object with examples_scored, .* but it is \[1, 2\]"),
         (("totals", "extra"), 1, r"totals has a field 'extra' that is not known there"),
-        (("settings", "resampling"), "poisson", r"one of 'systematic', 'multinomial', but it is 'poisson'"),
+        (("sampler",), {}, r"sampler must be an object with settings and state, but it is \{\}"),
+        (("sampler", "settings"), {}, r"sampler must be an object with settings and state, but it is "),
+        (("sampler", "state", "fresh", "on"), 1, r"the state of Auto.fresh.on must be true or false, but it is 1"),
+        (("sampler", "state", "fresh", "moments"), [0.5], rf"fresh.moments must be a list of {len(SHARES)} values"),
+        (
+            ("sampler", "state", "remembered", "counts"),
+            [0.5],
+            r"remembered.counts must be a list of values, each an",
+        ),
+        (("sampler", "state", "more"), 1, r"the state of Auto has a field 'more' that is not known there"),
         (("settings", "world_size"), 2**53, r"settings.world_size must be an integer from 1 to 1048576"),
         (("loss_over_step",), 0, r"loss_over_step must be true or false, or null, but it is 0"),
-        (("stream",), "x" * 10_000, r"stream must be an object with passes, drawn, but it is 'xxx.{5,60}\."),
+        (("feed", "stream"), "x" * 10_000, r"stream must be an object with passes, drawn, but it is 'xxx.{5,60}\."),
     ],
 )
 def test_the_error_names_the_field_and_the_value(path, value, message):
     with pytest.raises(ValueError, match=message):
-        saved_state(entry(replaced(path, value)), "file")
+        saved_state(entry(replaced(path, value)), "file", STATE)
 
 
-@pytest.mark.parametrize("path", [path for path in paths(VALID) if path])
+# Settings of a sampler that an earlier version had not are told as changed ones.
+NEEDED = [path for path in paths(VALID) if path and not (path[:2] == ("sampler", "settings") and "." in path[-1])]
+
+
+@pytest.mark.parametrize("path", NEEDED)
 def test_no_field_may_be_missing(path):
     state = copy.deepcopy(VALID)
     parent = state
     for key in path[:-1]:
         parent = parent[key]
     del parent[path[-1]]
-    with pytest.raises(ValueError, match=rf"{'.'.join(path)} is missing"):
-        saved_state(entry(state), "file")
+    said = rf"{'.'.join(path)} is missing"
+    if path[0] == "sampler" and len(path) > 1:
+        inner = ".".join(path[2:])
+        said = (
+            rf"the state of Auto.{inner} is missing" if path[1] == "state" and inner else "sampler must be an object"
+        )
+    with pytest.raises(ValueError, match=said):
+        saved_state(entry(state), "file", STATE)
+
+
+def test_the_state_of_another_sampler_is_looked_at_no_further():
+    for found in ("History", "MySampler"):
+        state = copy.deepcopy(VALID)
+        state["sampler"] = {"settings": {"name": found}, "state": {"whatever": [1, None]}}
+        assert saved_state(entry(state), "file", schema(Presample())) is state
+    with pytest.raises(ValueError, match=r"the state of History.count is missing"):
+        state["sampler"]["settings"]["name"] = "History"
+        saved_state(entry(state), "file", schema(History()))
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +297,15 @@ def test_a_folder_that_is_written_over_does_not_look_whole_meanwhile(trained, tm
     class Look(type(build(tmp_path, toys.sentences(128)))):
         def _save_optimizer_and_scheduler(self, output_dir):
             with pytest.raises(HalfWritten, match=r"has no trainer_state.json"):
-                check_whole(trained / "checkpoint-10")
+                check_whole(trained / "checkpoint-10", schema(Presample()))
             seen.append(output_dir)
             super()._save_optimizer_and_scheduler(output_dir)
 
-    check_whole(trained / "checkpoint-10")
+    check_whole(trained / "checkpoint-10", schema(Presample()))
     trainer = build(trained, toys.sentences(128), kind=Look)
     trainer.train(resume_from_checkpoint=str(trained / "checkpoint-5"))
     assert seen == [str(trained / "checkpoint-10")]
-    check_whole(trained / "checkpoint-10")
+    check_whole(trained / "checkpoint-10", schema(Presample()))
 
 
 def test_a_state_left_over_from_an_earlier_step_is_not_taken_up(trained, tmp_path, caplog):

@@ -5,7 +5,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from hf_importance import losses, scores
+from hf_importance.heads import losses, scores
 
 
 @pytest.fixture

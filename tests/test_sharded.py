@@ -126,7 +126,7 @@ def test_gradient_norms_are_refused(tmp_path, name):
     kind = "fsdp2" if name == "fsdp2" else "zero"
     found = attempt(configured(name), SCRIPT, kind, tmp_path, 2, "gradient norm", **variables)
     assert found.returncode != 0
-    assert "importance_score='gradient_norm' needs the gradients of single examples" in found.stderr
+    assert "score='gradient_norm' needs the gradients of single examples" in found.stderr
 
 
 def test_zero2_runs_in_one_process(one, tmp_path):

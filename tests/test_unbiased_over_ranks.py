@@ -1,22 +1,32 @@
 """Over all outcomes of the draws on two ranks, the mean of the gradient averaged over both is the uniform gradient.
 
-Nothing is sampled: every outcome is made to happen once, in the trainer's own step, and counts with its probability.
+Nothing is sampled: every outcome is made to happen once, in the run's own step, and counts with its probability.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toys
+from test_history import facts
 from transformers import BertConfig, BertForTokenClassification
 
-from hf_importance import ImportanceTrainer, sampling
-from hf_importance.costs import Plan
-from hf_importance.weighted_loss import WeightedLossMixin
+from hf_importance import Pool, Presample
+from hf_importance.batches.pool import Padding
+from hf_importance.heads.choose import head_of
+from hf_importance.objective.loss import Objective
+from hf_importance.objective.scorer import Scorer
+from hf_importance.reporting.report import Report
+from hf_importance.run.clock import Clock
+from hf_importance.run.pools import Pools
+from hf_importance.run.ranks import Ranks
+from hf_importance.run.step import Step
+from hf_importance.theory import sampling
 
 # Examples in the own batch and in the reserve of each rank: equal ones, and the short last batch of an uneven epoch.
 SIZES = {"equal ranks": [(2, 1), (2, 1)], "a short batch on one rank": [(2, 2), (1, 2)]}
-RANKS = 2
+RANKS, BATCH = 2, 2
 
 
 def classifier():
@@ -45,30 +55,53 @@ def batches(sizes, tokens, seed):
     return found
 
 
-class Rank:
-    """One rank's trainer and pool, with the draws and the sums over ranks given to it."""
+class Given(Ranks):
+    """One of two ranks, whose sums over both are given to it."""
 
-    def __init__(self, tmp_path, model, parts, method):
-        self.trainer = ImportanceTrainer(model, toys.always_on(tmp_path, resampling=method, use_cpu=True))
-        self.parts = parts
-        self.sent = []
+    def __init__(self, rank):
+        super().__init__(SimpleNamespace(num_processes=RANKS, process_index=rank))
+        self.totals, self.sent = None, []
+
+    def sum(self, values):
+        self.sent.append(list(values))
+        return list(values) if self.totals is None else self.totals[len(self.sent) - 1]
+
+
+class Rank:
+    """One rank's step by fresh scores, with the draws and the sums over ranks given to it."""
+
+    def __init__(self, rank, model, parts, method, kept):
+        self.ranks, self.parts, self.model, self.kept = Given(rank), parts, model, kept
+        self.objective = Objective(
+            model,
+            head_of(model, 0.0, None),
+            "untouched",
+            False,
+            False,
+            RANKS,
+            averaged=RANKS,
+            multiplied=RANKS,
+            checking=True,
+        )
+        sampler = Presample(ratio=3.0, threshold=2.0, resampling=method)
+        known = facts(
+            None, batch_size=BATCH, step=lambda: 1, generator=lambda *key: torch.Generator().manual_seed(sum(key))
+        )
+        sampler.begin(known)
+        reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None)
+        reserve.rest_of = lambda planned, iterator: self.parts[1:]
+        clock, report = Clock(torch.device("cpu"), self.ranks), Report(lambda values: values)
+        scorer = Scorer(lambda: model, self.objective.head)
+        ours = (self.objective, reserve, self.ranks, clock, known, report)
+        self.pools = Pools(sampler, scorer, *ours, prepare=lambda batch: batch, waits_in_passes=False)
 
     def step(self, totals=None):
         """Give the gradient of one importance step; the sums over ranks are ``totals``, its own where None."""
-        self.sent = []
-
-        def sum_over_ranks(values):
-            self.sent.append(list(values))
-            return list(values) if totals is None else totals[len(self.sent) - 1]
-
-        trainer = self.trainer
-        trainer._sum_over_ranks = sum_over_ranks
-        trainer._plan = lambda: Plan(pool=0, kept=trainer._train_batch_size, cost=0.0)
-        trainer._passes = lambda planned, pool: 0
-        trainer._reserve_batches = lambda epoch_iterator, pool: self.parts[1:]
-        (batch,), _ = trainer._presample([self.parts[0]], iter(()))
-        loss, _ = trainer._weighted_loss(trainer.model.train(), batch)
-        return gradient(loss, trainer.model)
+        self.ranks.totals, self.ranks.sent = totals, []
+        step = Step(1, "pool", drawn=True)
+        (batch,), _ = self.pools.score_and_keep(step, Pool(3 * BATCH, self.kept), [self.parts[0]], iter(()))
+        loss, _ = self.objective.loss(None, self.model.train(), batch, True, None)
+        return gradient(loss, self.model)
 
 
 def gradient(loss, model):
@@ -118,17 +151,17 @@ def systematic_outcomes(rank, totals, monkeypatch):
 OUTCOMES = {"multinomial": multinomial_outcomes, "systematic": systematic_outcomes}
 
 
+@pytest.mark.parametrize("kept", [BATCH, BATCH // 2])  # of a whole batch
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("make_model", [classifier, token_classifier])
 @pytest.mark.parametrize("method", OUTCOMES)
-def test_the_mean_over_ranks_is_unbiased(tmp_path, monkeypatch, method, make_model, sizes):
-    monkeypatch.setattr(WeightedLossMixin, "_ranks", RANKS)
+def test_the_mean_over_ranks_is_unbiased(monkeypatch, method, make_model, sizes, kept):
     model, tokens = make_model().double(), make_model is token_classifier
     pools = [batches(SIZES[sizes][rank], tokens, seed=rank) for rank in range(RANKS)]
-    ranks = [Rank(tmp_path, model, pool, method) for pool in pools]
+    ranks = [Rank(rank, model, pool, method, kept) for rank, pool in enumerate(pools)]
     for rank in ranks:
         rank.step()  # what it sends does not depend on the draw
-    calls = zip(*(rank.sent for rank in ranks), strict=True)
+    calls = zip(*(rank.ranks.sent for rank in ranks), strict=True)
     totals = [[sum(values) for values in zip(*call, strict=True)] for call in calls]
     outcomes = []
     for rank in ranks:

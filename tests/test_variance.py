@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_importance import estimate_tau, resample
-from hf_importance.costs import best_share, plan, relative_variance
-from hf_importance.sampling import inclusion_probabilities
-from hf_importance.variance import SHARES, WithoutReplacement, WithReplacement, inverse_moments
+from hf_importance.theory.costs import best_share, plan, relative_variance
+from hf_importance.theory.sampling import inclusion_probabilities
+from hf_importance.theory.variance import SHARES, WithoutReplacement, WithReplacement, inverse_moments
 
 SCORES = [3.0, 0.1, 1.0, 0.4, 1.0, 0.02]
 

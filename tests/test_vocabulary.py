@@ -16,11 +16,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_importance import ImportanceTrainer, losses, vocabulary
-from hf_importance.batches import Padding, Pool
-from hf_importance.heads import head_of
-from hf_importance.presampling import score_pool
-from hf_importance.vocabulary import SlicedHead
+from hf_importance import ImportanceTrainer
+from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.heads import losses, sliced
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.sliced import SlicedHead
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -71,38 +71,38 @@ def batch_of(rows=4, length=9, vocabulary_size=300):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", MODELS)
 def test_slices_give_the_scores_of_full_logits(name, smoothing, kind, monkeypatch):
-    monkeypatch.setattr(vocabulary, "PIECE", 2 * 300)  # two rows of logits at a time
+    monkeypatch.setattr(sliced, "PIECE", 2 * 300)  # two rows of logits at a time
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.mul_(30)  # so that logits, caps and scales matter
     head = head_of(model, smoothing, None)
-    sliced, pool = SlicedHead(model, head), Pool([batch_of()], Padding())
+    slices, pool = SlicedHead(model, head), PooledBatches([batch_of()], Padding())
     largest = []
     handle = model.get_output_embeddings().register_forward_hook(lambda m, i, out: largest.append(out.numel()))
-    found = score_pool(model, pool, head, kind, None, None, sliced)
+    found = toys.score_pool(model, pool, head, kind, sliced=slices)
     handle.remove()
-    assert sliced.layer is not None
+    assert slices.layer is not None
     assert max(largest) <= 4 * 300  # one position a text, then two rows at a time: never 4 * 9 * 300
-    torch.testing.assert_close(found, score_pool(model, pool, head, kind, None, None), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, toys.score_pool(model, pool, head, kind), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_goes_on_behind_its_output_layer_is_scored_from_full_logits(monkeypatch):
-    monkeypatch.setattr(vocabulary, "PIECE", 600)
+    monkeypatch.setattr(sliced, "PIECE", 600)
     model = with_a_bias_behind().eval()
     head = head_of(model, 0.0, None)
-    sliced, pool = SlicedHead(model, head), Pool([batch_of()], Padding())
-    found = score_pool(model, pool, head, "upper_bound", None, None, sliced)
-    assert sliced.layer is None
-    torch.testing.assert_close(found, score_pool(model, pool, head, "upper_bound", None, None), rtol=0, atol=0)
+    slices, pool = SlicedHead(model, head), PooledBatches([batch_of()], Padding())
+    found = toys.score_pool(model, pool, head, "upper_bound", sliced=slices)
+    assert slices.layer is None
+    torch.testing.assert_close(found, toys.score_pool(model, pool, head, "upper_bound"), rtol=0, atol=0)
 
 
 def test_small_vocabularies_are_left_alone():
     model = MODELS["Llama"]().eval()
-    sliced = SlicedHead(model, head_of(model, 0.0, None))
+    slices = SlicedHead(model, head_of(model, 0.0, None))
     assert losses.PIECE > 4 * 9 * 300
-    assert not sliced.applies(batch_of())
+    assert not slices.applies(batch_of())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -110,7 +110,7 @@ def test_a_run_with_slices_is_the_run_without(tmp_path, monkeypatch, bf16):
     data = toys.Dataset.from_dict({n: v.tolist() for n, v in batch_of(rows=64).items()}).with_format("torch")
     found = []
     for piece in (2**24, 600):
-        monkeypatch.setattr(vocabulary, "PIECE", piece)
+        monkeypatch.setattr(sliced, "PIECE", piece)
         torch.manual_seed(0)
         args = toys.always_on(tmp_path, per_device_train_batch_size=8, max_steps=3, logging_steps=3, bf16=bf16)
         trainer = toys.run(ImportanceTrainer, MODELS["Llama"](), args, data)

@@ -22,12 +22,11 @@ import figures
 import tasks
 import torch
 import transformers
-from rivals import InfoBatchTrainer, TopLossTrainer
 from systems import System
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_importance import ImportanceTrainingArguments
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 
 LOOKS = 8  # points of a curve
 REPORTED = 1000  # training examples that the training loss is reported on
@@ -43,7 +42,7 @@ class Experiment:
         test: What is reported on.
         batch_size: b.
         ratio: B / b.
-        tau_threshold: τ_th, with the root, as the authors' code has it; None: derived from the ratio.
+        tau_threshold: τ_th, with the root, as the authors' code has it; None: where it pays, by what is measured.
         learning_rate: At the start.
         seconds: Of training, for each run.
         schedule: Gives the factor of the learning rate for the share of the time that is gone.
@@ -163,14 +162,11 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
         )
 
     clock = Clock(experiment.seconds, experiment.schedule, look, experiment.looks or LOOKS)
-    chosen = {"presample_ratio": experiment.ratio, "tau_threshold": experiment.tau_threshold, **system.arguments}
-    if "recompute_every" in chosen:
-        chosen["recompute_every"] = experiment.recompute_every
-    options = dict(system.options)
-    if issubclass(system.trainer, InfoBatchTrainer):
-        options["progress"] = clock.gone
-    if issubclass(system.trainer, TopLossTrainer):
-        options.setdefault("ratio", math.ceil(experiment.ratio))
+    chosen, options = dict(system.arguments), {}
+    if system.sampler is None:
+        chosen = {"presample_ratio": experiment.ratio, "tau_threshold": experiment.tau_threshold, **chosen}
+    else:
+        options["sampler"] = system.sampler(experiment, clock.gone)
     with tempfile.TemporaryDirectory() as folder:
         args = ImportanceTrainingArguments(
             folder,
@@ -185,9 +181,11 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
             dataloader_pin_memory=torch.accelerator.is_available(),
             **{"logging_steps": 10, **experiment.arguments, **chosen},
         )
-        trainer = system.trainer(
+        trainer = ImportanceTrainer(
             model=experiment.new_model(), args=args, train_dataset=experiment.train, callbacks=[clock], **options
         )
+        for callback in system.callbacks:
+            trainer.add_callback(callback(trainer))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     if not rows or rows[-1]["seconds"] < experiment.seconds:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_importance import estimate_tau, resample, upper_bound
-from hf_importance.scores import gradient_norm
+from hf_importance.heads.scores import gradient_norm
 
 DRAWS = 10
 COLORS = {

@@ -3,20 +3,32 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.distributed as dist
 import toys
+from transformers import TrainerCallback
 
 from hf_importance import ImportanceTrainer
-from hf_importance.visits import INDEX
+from hf_importance.batches.entries import INDEX
 
 
 def uneven(outputs, labels):
     return 1.0 + 9.0 * (labels == 0).float()
+
+
+class Asks(TrainerCallback):
+    """The first rank asks for the table now and then, and no other does."""
+
+    def __init__(self):
+        self.trainer, self.visits = None, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 0 and state.global_step % 7 == 0:
+            self.visits.append(sum(self.trainer.importance_table()["visits"]))
 
 
 class Look(ImportanceTrainer):
@@ -36,31 +48,34 @@ def build(folder, ranks, **overrides):
         "train_sampling_strategy": "sequential",
         **overrides,
     }
+    asks = Asks()
     trainer = Look(
         model=toys.bert(),
         args=toys.arguments(folder, **settings),
         train_dataset=toys.sentences(256),
         compute_score_func=uneven,
+        callbacks=[asks],
     )
-    trainer.trained = []
+    trainer.trained, trainer.asks, asks.trainer = [], asks, trainer
     return trainer
 
 
-def seen(trainer):
+def seen(trainer, rank):
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    trainer.importance_table()  # brings the table up to date
-    history = trainer._remembering.history
-    return {
+    found = {
         "world": trainer.args.world_size,
         "parameters": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
         "trained": trainer.trained,
-        "scores": history.scores.tolist(),
-        "seen": history.seen.tolist(),
-        "gain": history.averages.gain,
-        "passes": history.passes,
-        "active": trainer._switch.active,
+        "gain": trainer.sampler.gain,
+        "passes": trainer.sampler.run.draws(),
+        "active": trainer.sampler.active,
         "log": [e for e in trainer.state.log_history if "importance/gain" in e],
+        "asked": trainer.asks.visits,
     }
+    if rank > 0:
+        time.sleep(1)  # the first rank does not wait for it
+    table = trainer.importance_table()
+    return found | {name: table[name][:] for name in ("score", "age", "visits", "weight_sum")}
 
 
 def main():
@@ -73,9 +88,8 @@ def main():
     resumed = build(folder / "again", ranks, save_strategy="steps", save_steps=64)
     resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-64"))
     for name, trainer in {"whole": whole, "shrunk": shrunk, "resumed": resumed}.items():
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen(trainer)))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen(trainer, rank)))
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

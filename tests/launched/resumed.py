@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.distributed as dist
 import toys
 
 from hf_importance import ImportanceTrainer
@@ -41,8 +41,8 @@ def compare(folder, data, **overrides):
         "world": whole.args.world_size,
         "different": [name for name, value in models[0].items() if not torch.equal(value, models[1][name])],
         "histories equal": histories[0] == histories[1],
-        "switches": [t._switch.switches for t in (whole, resumed)],
-        "stream": [t._stream_place() for t in (whole, resumed)],
+        "switches": [t._run.state.switches for t in (whole, resumed)],
+        "stream": [asdict(t._run.feed.state.stream) for t in (whole, resumed)],
     }
 
 
@@ -74,7 +74,7 @@ def main():
     for name, (dataset, overrides) in cases.items():
         found = compare(folder / name, dataset, **overrides)
         (folder / f"{name}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

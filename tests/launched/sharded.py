@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fsdp2_on_cpu
 import torch
-import torch.distributed as dist
 import toys
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -63,8 +62,8 @@ def run(folder, *, on=False, resume=None, make_score=None, **overrides):
         "sharded": look.sharded,
         "local": look.local,
         "history": trainer.state.log_history,
-        "tau": trainer._switch.tau,
-        "switches": trainer._switch.switches,
+        "tau": trainer.sampler.run.tau(),
+        "switches": trainer._run.state.switches,
         "largest_weight": max(e.get("importance/max_weight", 1.0) for e in trainer.state.log_history),
     }
 
@@ -90,7 +89,7 @@ def cases(folder, ranks):
     yield "switching", lambda: run(folder, on=True, make_score=flapping, tau_threshold=1.2, **small)
     adam = {"on": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, **small, "optim": "adamw_torch"}
     yield "saved", lambda: run(folder / "saved", **adam)
-    yield "gradient norm", lambda: run(folder, on=True, importance_score="gradient_norm", max_steps=4, **small)
+    yield "gradient norm", lambda: run(folder, on=True, score="gradient_norm", max_steps=4, **small)
     yield "resumed", lambda: run(folder / "resumed", resume=str(folder / "saved" / "checkpoint-3"), **adam)
 
 
@@ -102,8 +101,7 @@ def main():
         if not wanted or name in wanted:
             found = case()
             (folder / f"{name}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def train(folder, data, **overrides):
         "parameters": parameters(trainer).tolist(),
         "history": history,
         "trained": trainer.trained,
-        "tau": trainer._switch.tau,
-        "kappa": trainer._meter.kappa,
+        "tau": trainer.sampler.run.tau(),
+        "kappa": trainer.sampler.run.clock.kappa,
         "steps": trainer.state.global_step,
     }
 
@@ -120,8 +120,7 @@ def main():
         found = case()
         rank = dist.get_rank() if dist.is_initialized() else 0
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fsdp2_on_cpu
 import torch
-import torch.distributed as dist
 import toys
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
@@ -67,7 +66,7 @@ def main():
     kind = trainer.accelerator.distributed_type.value
     found = {"world": args.world_size, "steps": trainer.state.global_step, "kind": kind}
     (Path(folder) / f"{name}.{args.process_index}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Batches as tensors: what is put into them, how rows of several become one, where more come from."""

@@ -1,0 +1,35 @@
+"""What this package puts into a batch beside the user's own entries, and how many examples a batch holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+WEIGHTS = "importance_weights"  # a batch entry, shape (b,): what each example's loss is multiplied by
+INDEX = "importance_index"  # a batch entry, int64, shape (b,): which examples of the training set it holds
+IGNORED_LABEL = -100  # the label that losses of transformers leave out
+
+
+def batch_size_of(batch: Any) -> int:
+    """Give the number of rows of a batch: the length of its first tensor.
+
+    Raises:
+        ValueError: It holds no tensor.
+    """
+    for value in batch.values() if isinstance(batch, Mapping) else batch:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+        if isinstance(value, Mapping | list | tuple):
+            with contextlib.suppress(ValueError):
+                return batch_size_of(value)
+    raise ValueError("A batch of train_dataset holds no tensor, so its examples cannot be told apart.")
+
+
+def without_index(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """Split a batch into what the model takes and the indices of its examples, if it carries them."""
+    if INDEX not in inputs:
+        return inputs, None
+    return {name: value for name, value in inputs.items() if name != INDEX}, inputs[INDEX]

@@ -1,0 +1,1 @@
+"""How a model's loss splits by example, and the closed-form score of each."""

@@ -1,0 +1,1 @@
+"""What a run says: log entries, the progress bar, model cards, the figure of a run."""

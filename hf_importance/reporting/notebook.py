@@ -1,0 +1,54 @@
+"""τ, and whether importance sampling is on, in the progress bar and the table that the Trainer draws in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils.notebook import NotebookProgressCallback
+
+from hf_importance.reporting.progress import Status
+
+
+class StatusNotebookProgressCallback(NotebookProgressCallback):
+    """The Trainer's progress bar for a notebook, with τ behind it, and two columns more in its table.
+
+    Args:
+        status: Says where the run stands.
+    """
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        super().__init__()
+        self._status = status
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar with τ in its comment; the Trainer's own update of the same step then finds it drawn."""
+        comment = f"Epoch {state.epoch:.2f}/{state.num_train_epochs}, {self._status()}"
+        self.training_tracker.update(state.global_step + 1, comment=comment)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Complete the row that a training log makes where there is no evaluation."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if args.eval_strategy == IntervalStrategy.NO and "loss" in logs:
+            self._complete_row()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Complete the row that an evaluation makes."""
+        super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+        if self.training_tracker is not None:
+            self._complete_row()
+
+    def _complete_row(self) -> None:
+        table, status = self.training_tracker.inner_table, self._status()
+        # A row with the same first entry is filled up, not added.
+        same_row = {table[0][0]: table[-1][0]}
+        self.training_tracker.write_line({**same_row, "τ": f"{status.tau:.2f}", "Importance": status.state})

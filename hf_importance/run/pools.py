@@ -1,0 +1,184 @@
+"""Steps by fresh scores: pools are put together, scored in a forward pass without gradients, and a part is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_importance.batches.entries import batch_size_of, without_index
+from hf_importance.batches.pool import PooledBatches, keep_own, stand_for
+from hf_importance.batches.random import isolated_rng, key_to_seed
+from hf_importance.batches.visits import Order, visit_batches
+from hf_importance.objective.loss import Objective
+from hf_importance.objective.scorer import Scorer
+from hf_importance.reporting.report import Report, Totals
+from hf_importance.run.clock import Clock
+from hf_importance.run.feed import Feed
+from hf_importance.run.ranks import Ranks
+from hf_importance.run.step import Step
+from hf_importance.run.table import Table
+from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
+
+NO_ITEMS = (
+    "Step {step}: every label of a batch is ignored (-100), so its loss is 0 / 0. Remove such examples from "
+    "train_dataset, or see whether the data_collator should have made labels for them."
+)
+
+
+def figures(sampler: Sampler, seen: Scored) -> list[float]:
+    """Give Σ w, Σ w Ĝ, Σ w Ĝ² and what the sampler measures; w is 1 where examples were drawn uniformly."""
+    w, scores = seen.weights, seen.scores
+    return [float(w.sum()), float((w * scores).sum()), float((w * scores.square()).sum()), *sampler.measure(seen)]
+
+
+@dataclass
+class Pools:
+    """Scores examples that no training pass has seen yet.
+
+    Attributes:
+        sampler: Says how many, and what is kept.
+        scorer: Scores them.
+        objective: Counts the items of their loss.
+        feed: Reads them.
+        ranks: The processes.
+        clock: Times it.
+        facts: What the sampler knows.
+        report: Counts it.
+        prepare: Moves a batch to the device, as the Trainer does.
+        waits_in_passes: Whether the model is sharded over ranks, which wait for each other in each forward pass.
+    """
+
+    sampler: Sampler
+    scorer: Scorer
+    objective: Objective
+    feed: Feed
+    ranks: Ranks
+    clock: Clock
+    facts: Facts
+    report: Report
+    prepare: Callable[[Any], Any]
+    waits_in_passes: bool
+
+    def score_and_keep(self, step: Step, planned: Pool, batches: list, iterator: Iterator) -> tuple[list, Tensor]:
+        """Replace each micro-batch by examples kept of itself and the reserve.
+
+        Returns:
+            The micro-batches, and the items that their loss is divided by.
+        """
+        share = planned.kept / self.facts.batch_size
+        pools: list[PooledBatches] = []
+        indices: list[Tensor] = []
+        with self.report.scoring():
+            for batch in batches:
+                parts = [without_index(part) for part in [batch, *self.feed.rest_of(planned, iterator)]]
+                pools.append(PooledBatches([self.prepare(part) for part, _ in parts], self.feed.padding))
+                indices += [index for _, index in parts if index is not None]
+            step.place = self.feed.where()
+            with self.clock.scoring(lambda: sum(map(len, pools)), share):
+                return self._keep(step, planned, pools, indices, share)
+
+    def _keep(
+        self, step: Step, planned: Pool, pools: list[PooledBatches], indices: list[Tensor], share: float
+    ) -> tuple[list, Tensor]:
+        scores, items = self._score(planned, pools)
+        index = torch.cat([part.cpu() for part in indices]) if indices else None
+        sizes = tuple(len(pool) for pool in pools)
+        seen = step.pool = Scored(scores, index, pools[0].sizes[0], 0, torch.ones_like(scores), sizes)
+        # What a uniform step would have counted in expectation, and what the own batches count.
+        shares = sum(float(n.sum()) * pool.sizes[0] / len(pool) for pool, n in zip(pools, items, strict=True))
+        counts = [shares, sum(float(n[0]) for n in items)]
+        # The one collective of an importance step: what will be learned from it, and its items.
+        found = [*figures(self.sampler, seen), 0.0, float(torch.cat(items).sum()), float(len(scores))]
+        expected, own, *step.sums = self.ranks.sum([*counts, *found])
+        finite = math.isfinite(step.sums[1]) and math.isfinite(step.sums[2])
+        if not finite:
+            self.clock.whole_batch()  # all of the own batch is trained on
+        drawn, trained = [], []
+        for micro, pool in enumerate(pools):
+            part = slice(sum(sizes[:micro]), sum(sizes[: micro + 1]))
+            rows, weights = torch.arange(pool.sizes[0]), torch.ones(pool.sizes[0])
+            if finite:
+                rows, weights = self._rows(seen, part, pool.sizes[0], share, micro)
+                batch, given = stand_for(pool, rows, weights, share)
+            else:
+                batch, given = keep_own(pool, share)
+            drawn.append(batch)
+            trained.append(torch.zeros(len(pool)).index_add_(0, rows, weights.float()))
+            self.report.weights(given)
+            step.counts.examples_trained += len(rows)
+            step.counts.examples_distinct += len(rows.unique())
+            step.counts.examples_saved += pool.sizes[0] - len(rows)
+            step.counts.examples_scored += len(pool)
+        step.trained = torch.cat(trained).double()
+        step_items = share * ([expected, own] if self.ranks.averaged > 1 else counts)[0 if finite else 1]
+        if step_items == 0:
+            raise ValueError(NO_ITEMS.format(step=self.facts.step() + 1))
+        self.objective.step_items = step_items
+        return drawn, torch.tensor(step_items, device=self.clock.device)
+
+    def _rows(self, seen: Scored, part: slice, own: int, share: float, micro: int) -> tuple[Tensor, Tensor]:
+        """Let the sampler keep rows of one pool."""
+        scores = seen.scores[part]
+        pool = Scored(
+            scores,
+            None if seen.index is None else seen.index[part],
+            own,
+            max(round(share * own), 1),
+            seen.weights[part],
+            (len(scores),),
+            generator=self.facts.generator(self.ranks.rank, self.facts.step(), micro, 2),
+        )
+        return self.sampler.keep(pool)
+
+    def _score(self, planned: Pool, pools: list[PooledBatches]) -> tuple[Tensor, list[Tensor]]:
+        """Give the scores of all pools together, and the item count of each batch of each; on the CPU, float64."""
+        scale, scorer, batch_size = self.objective.scale, self.scorer, self.facts.batch_size
+        assert scale is not None
+        # A stream may end sooner on one rank than on another, and a sharded model waits in each pass for all.
+        waits = self.waits_in_passes and self.feed.streaming
+        passes = scorer.passes(planned.size, pools[0], batch_size, planned.varies) if waits else 0
+        scores = [scorer(p, scorer.largest_pass(p.in_lengths, batch_size, planned.varies), passes) for p in pools]
+        items = [scale.items(batch) for pool in pools for batch in pool.batches]
+        # The one wait for the device of an importance step: scores and counts come to the host together.
+        on_host = torch.cat([*scores, torch.stack(items)]).cpu().double()
+        found, counts = on_host.split([len(on_host) - len(items), len(items)])
+        return found, list(counts.split([len(pool.sizes) for pool in pools]))
+
+    def probe(self, batch: Any) -> int:
+        """Score a batch for its time alone; a model that draws random numbers when it scores leaves no trace.
+
+        Returns:
+            The number of its examples.
+        """
+        inputs = self.prepare(without_index(batch)[0])
+        with isolated_rng(0):
+            self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)
+        return batch_size_of(inputs)
+
+    def score_all(self, table: Table) -> None:
+        """Score every example anew into the table, each rank its share; see ``Facts.score_all``.
+
+        Where they do not divide by the number of ranks a few are scored twice, so that all take as many passes.
+        """
+        examples, ranks, rank = len(table.scores), self.ranks.size, self.ranks.rank
+        size, share = self.scorer.batch_size or self.facts.batch_size, -(-examples // ranks)
+        everything = (torch.arange(share * ranks) % examples).int()
+        order = Order(everything, torch.ones(len(everything)), float(size), -(-share // size), 0)
+        # Keyed apart from the draws, so that random augmentation is not the next visit's.
+        seed = key_to_seed(self.facts.seed, self.facts.step(), 7)
+        rows = []
+        with self.report.scoring():
+            for batch in visit_batches(self.feed.loader, order, 0, seed, rank, ranks):
+                inputs, index = without_index(self.prepare(batch))
+                assert index is not None
+                found = self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)
+                rows.append(torch.stack([index.double().cpu(), found.double().cpu()], 1))
+            index, found = self.ranks.gather(torch.cat(rows)).T.contiguous()
+        self.report.add(Totals(examples_scored=share))
+        finite = found.isfinite()
+        table.replace(index[finite].long(), found[finite].float(), self.facts.step())

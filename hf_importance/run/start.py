@@ -1,0 +1,271 @@
+"""The one place that reads the Trainer: what a run is made of, and the loader whose batches know their examples."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
+from hf_importance.batches.pool import Padding
+from hf_importance.batches.random import key_to_seed
+from hf_importance.checkpoint.state import TENSORS_NAME, load_tensors, saved_state
+from hf_importance.checkpoint.whole import STATE_FILE
+from hf_importance.heads.choose import head_of
+from hf_importance.heads.head import Head
+from hf_importance.heads.sliced import SlicedHead
+from hf_importance.heads.tasks import TokenHead
+from hf_importance.objective.loss import Objective
+from hf_importance.objective.scorer import Scorer
+from hf_importance.reporting.report import Report
+from hf_importance.run.clock import Clock
+from hf_importance.run.feed import Feed, StreamPlace
+from hf_importance.run.pools import Pools
+from hf_importance.run.ranks import Ranks
+from hf_importance.run.run import Run
+from hf_importance.run.saved import resume, schema
+from hf_importance.run.table import Table
+from hf_importance.samplers.sampler import Facts, Sampler
+from hf_importance.training_args import ImportanceArguments
+
+logger = logging.getLogger(__name__)
+
+Owner = TypeVar("Owner")
+
+
+class RunCallback(TrainerCallback):
+    """Begins the run once the model is wrapped and the Trainer's state loaded."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin."""
+        self._begin()
+
+
+def objective_of(trainer: Trainer, settings: ImportanceArguments) -> Objective:
+    """Find how the loss of the trainer's model splits by example."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
+    ranks = _ranks(trainer)
+    sampling, averaged = settings.importance_sampling, trainer.args.average_tokens_across_devices
+    return Objective(
+        model,
+        head_of(model, smoothing, trainer.compute_loss_func),
+        settings.batch_norm,
+        shifts_labels=getattr(trainer, "_loss_shifts_labels", False),
+        takes_items=trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None,
+        ranks=ranks.size,
+        # Where nobody asked for importance sampling nothing of ours crosses the network, and each rank counts its own.
+        averaged=ranks.averaged if sampling else 1,
+        multiplied=ranks.size if averaged else 1,
+        checking=sampling,
+    )
+
+
+def indexed_loader(trainer: Trainer, make: Callable[[], DataLoader]) -> DataLoader:
+    """Have the Trainer make its loader around a dataset and a collator that know the examples' indices.
+
+    Args:
+        trainer: Its dataset and collator are replaced while the loader is made.
+        make: The Trainer's own ``get_train_dataloader``.
+    """
+    data, collator = trainer.train_dataset, trainer.data_collator
+    try:
+        # Columns that the model does not take are removed here, as the Trainer does it for a dataset of its own.
+        if isinstance(data, datasets.Dataset):
+            trainer.train_dataset = IndexedDataset(trainer._remove_unused_columns(data, description="training"))
+            trainer.data_collator = IndexedCollator(collator)
+        else:
+            trainer.train_dataset = IndexedDataset(data)
+            inner = trainer._get_collator_with_removed_columns(collator, description="training")
+            trainer.data_collator = IndexedCollator(inner)
+        return make()
+    finally:
+        trainer.train_dataset, trainer.data_collator = data, collator
+
+
+def start(
+    trainer: Trainer, sampler: Sampler, objective: Objective, settings: ImportanceArguments, score: Any, folder: Any
+) -> Run:
+    """Begin a run, or take one up: the model is wrapped, and the Trainer's state loaded.
+
+    Args:
+        trainer: Read here, and referred to weakly: a run must not keep its trainer's model alive.
+        sampler: Decides.
+        objective: The loss of its model.
+        settings: The arguments.
+        score: The user's ``compute_score_func``, which takes the place of the sampler's score.
+        folder: The checkpoint that is resumed, if any.
+
+    Raises:
+        ValueError: The checkpoint's state cannot be taken up.
+    """
+    args, loader = trainer.args, trainer.callback_handler.train_dataloader
+    ranks, head = _ranks(trainer), objective.head
+    assert loader is not None and head is not None
+    streaming = isinstance(loader.dataset, IterableDataset)
+    batch_size = _batch_size(trainer, loader, ranks)
+    accumulation = args.gradient_accumulation_steps
+    micro_batches = 0 if streaming else len(loader)
+    updates = math.ceil(micro_batches / accumulation)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    this = weakref.ref(trainer)
+
+    def skipped() -> int:
+        return 0 if args.ignore_data_skip or not updates else _alive(this).state.global_step % updates
+
+    # The run knows these facts, so they must not keep it alive.
+    that: list[weakref.ref[Run]] = []
+    clock = Clock(args.device, ranks)
+    table = Table(len(loader.dataset), ranks) if sampler.remembers and not streaming and indexed(loader) else None
+    padding = _padding(trainer, head)
+    feed = Feed(loader, ranks, padding, seed, batch_size, accumulation, updates, settings.scoring_batch_size, skipped)
+    facts = Facts(
+        examples=None if streaming else len(loader.dataset),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        micro_batches=micro_batches,
+        updates=updates,
+        fewest=objective.fewest,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        seed=seed,
+        table=table,
+        clock=clock,
+        step=lambda: _alive(this).state.global_step,
+        steps=lambda: _alive(this).state.max_steps,
+        place=lambda: feed.place,
+        visiting=lambda: feed.visiting,
+        drawn=lambda: _alive(that[0]).state.drawn,
+        draws=lambda: feed.state.draws,
+        tau=lambda: _alive(that[0]).state.tau,
+        score_all=lambda: _alive(that[0]).score_all(),
+        generator=lambda *key: torch.Generator().manual_seed(key_to_seed(seed, *key)),
+    )
+    sharded, report = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, Report(ranks.sum)
+    pools = Pools(
+        sampler,
+        _scorer(trainer, head, settings, sampler.score if score is None else score, sharded),
+        objective,
+        feed,
+        ranks,
+        clock,
+        facts,
+        report,
+        prepare=lambda batch: _alive(this)._prepare_inputs(batch),
+        waits_in_passes=ranks.size > 1 and sharded,
+    )
+    run = Run(
+        sampler,
+        objective,
+        feed,
+        pools,
+        ranks,
+        clock,
+        table,
+        facts,
+        report,
+        say=lambda entries: _alive(this).log(entries),
+    )
+    that.append(weakref.ref(run))
+    saved = _saved(trainer, sampler) if trainer.state.global_step > 0 else None
+    sampler.begin(facts)
+    if saved is not None:
+        tensors = {} if saved["table"] is None or table is None else load_tensors(folder, trainer.state.global_step)
+        resume(run, saved, tensors, str(Path(str(folder or "")) / TENSORS_NAME))
+    if streaming:
+        feed.read_on(*_stream_place(trainer, loader, feed, saved is not None))
+    return run
+
+
+def indexed(loader: DataLoader) -> bool:
+    """Whether the batches of a loader know their examples; a subclass's own loader may not."""
+    return isinstance(loader.dataset, IndexedDataset)
+
+
+def _alive(this: weakref.ref[Owner]) -> Owner:
+    found = this()
+    assert found is not None
+    return found
+
+
+def _ranks(trainer: Trainer) -> Ranks:
+    return Ranks(trainer.accelerator, trainer.get_tp_size(), trainer.args.average_tokens_across_devices)
+
+
+def _batch_size(trainer: Trainer, loader: DataLoader, ranks: Ranks) -> int:
+    """Give the examples of a micro-batch on each rank; a loader that accelerate did not make has its own."""
+    total: int | None = getattr(loader, "total_batch_size", None)
+    return total // ranks.size if total else (loader.batch_size or trainer._train_batch_size)
+
+
+def _scorer(trainer: Trainer, head: Head, settings: ImportanceArguments, score: Any, sharded: bool) -> Scorer:
+    this, args = weakref.ref(trainer), trainer.args
+
+    def compile(model: nn.Module) -> Callable[..., Any]:
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        return torch.compile(model, backend=backend, mode=mode)  # pyrefly: ignore[no-matching-overload]
+
+    # Parameters that are sharded over ranks are whole only inside the model's own forward.
+    sliceable = isinstance(head, TokenHead) and not sharded
+    return Scorer(
+        (lambda: _alive(this).model_wrapped) if trainer.is_deepspeed_enabled else (lambda: _alive(this).model),
+        head,
+        score,
+        settings.scoring_batch_size,
+        settings.scoring_dtype,
+        SlicedHead(trainer.accelerator.unwrap_model(trainer.model), head) if sliceable else None,
+        compile if args.torch_compile and not sharded else None,
+    )
+
+
+def _padding(trainer: Trainer, head: Head) -> Padding:
+    # Who pads knows how: the collator's tokenizer, else the processing class or the tokenizer in it.
+    processing = getattr(trainer.data_collator, "tokenizer", None) or trainer.processing_class
+    processing = getattr(processing, "tokenizer", processing)
+    pad = getattr(processing, "pad_token_id", None)
+    if pad is None:
+        pad = getattr(getattr(trainer.model, "config", None), "pad_token_id", None)
+    labels = dict.fromkeys(("labels", "shift_labels"), head.ignored_label)
+    tokens = dict.fromkeys(("input_ids", "decoder_input_ids"), 0 if pad is None else pad)
+    # Positions in a text stay right only if what is added comes behind it.
+    side = "right" if "start_positions" in head.label_names else getattr(processing, "padding_side", "right")
+    unread = frozenset({"labels"}) if getattr(head, "shift", False) else frozenset()
+    return Padding(side=side, unread_first=unread, values={**labels, **tokens})
+
+
+def _saved(trainer: Trainer, sampler: Sampler) -> dict[str, Any] | None:
+    """Give the checked state of the checkpoint, or None, with a warning, where it has none of this very step."""
+    state = trainer.state
+    saved = saved_state(state.stateful_callbacks, f"The {STATE_FILE} of the checkpoint", schema(sampler))
+    if saved is not None and saved["step"] == state.global_step:
+        return saved
+    logger.warning(
+        "The checkpoint at step %d was not written by ImportanceTrainer%s: importance sampling starts fresh, off, "
+        "with tau = 1.",
+        state.global_step,
+        "" if saved is None else f", whose state in it is that of step {saved['step']}",
+    )
+    return None
+
+
+def _stream_place(trainer: Trainer, loader: DataLoader, feed: Feed, saved: bool) -> tuple[int, int, StreamPlace]:
+    """Give the Trainer's epoch, the batches of it that it skips, and where the checkpoint left the stream."""
+    args, accumulated = trainer.args, trainer.args.gradient_accumulation_steps
+    steps = max(-(-len(loader) // accumulated), 1) if has_length(loader) else trainer.state.max_steps
+    epoch, trained = divmod(trainer.state.global_step, steps)
+    skipped = 0 if args.ignore_data_skip else trained * accumulated
+    go_on = saved and not args.ignore_data_skip
+    return epoch, skipped, feed.state.stream if go_on else StreamPlace(epoch, skipped)

@@ -1,0 +1,227 @@
+r"""Scores remembered at no cost: every training pass gives those of its examples, and the next visit is drawn by them.
+
+Importance weights come from the probabilities actually used, so the gradient stays unbiased however old the scores
+are; age costs only efficiency, and that is measured:
+
+.. math:: \text{gain} = \frac{E[w \hat G^2]}{E[w^2 \hat G^2]}
+
+over the examples visited, with weights ``w`` of mean 1: the second moment of a uniformly drawn gradient over that of
+the one drawn here. ``n = b / gain`` examples have the noise of ``b`` uniform ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hf_importance.checkpoint.schema import COUNT, listed, number
+from hf_importance.samplers.proposal import Proposal
+from hf_importance.samplers.sampler import Facts, Sampler, Scored, Visits
+from hf_importance.theory.calibration import Calibration
+from hf_importance.theory.costs import HYSTERESIS
+from hf_importance.theory.sampling import bias_weights
+from hf_importance.values import check_choice, check_range
+
+SMALLEST_FRACTION = 1 / 16  # of the uniform batch; below, a step's own noise estimate means little
+# Examples that the gain must stand on before it is believed.
+FEWEST_EXAMPLES = 200
+UNIFORM_VISITS = 10  # of an epoch that nobody else reads: they end ten times, so that a new decision can be taken
+
+_SUM = number(0, 1e300)
+MemoryBudget = Literal["variance", "constant_variance"]
+
+
+@dataclass
+class History(Sampler):
+    """Draws by remembered scores, calibrated (:mod:`.proposal`), while the measured gain is worth it.
+
+    Raises:
+        ValueError: A value is out of range or unknown.
+
+    Attributes:
+        budget: ``"variance"`` (batches as large as ever, less noise) or ``"constant_variance"`` (smaller batches).
+        score: As for :class:`Sampler`.
+        margin: ``"constant_variance"`` keeps this many times the examples that the gain asks for, and it is on only
+            while the gain exceeds it; at least 1.
+        share: ε, the share of every draw that is uniform, in ``(0, 1]``; weights stay below its inverse.
+        momentum: Of the average of τ, in ``[0, 1)``.
+        bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
+    """
+
+    budget: MemoryBudget = "variance"
+    score: str | Callable[[Any, Tensor], Tensor] = "upper_bound"
+    margin: float = 1.1
+    share: float = 0.1
+    momentum: float = 0.9
+    bias: float = 1.0
+
+    remembers = True
+
+    @dataclass
+    class State:
+        """Moving sums over recent steps, and the calibration."""
+
+        count: Annotated[float, _SUM] = 0.0  # examples that the two sums below stand for
+        uniform_moment: Annotated[float, _SUM] = 0.0  # Σ w Ĝ²
+        drawn_moment: Annotated[float, _SUM] = 0.0  # Σ w² Ĝ²
+        drawn: bool = False  # whether visits run that were drawn by scores, not uniformly
+        skipped_share: Annotated[float, number(0, 1)] = 0.0  # of the examples, by the last draw
+        edges: list[float] = field(default_factory=list)
+        levels: Annotated[list[float], listed(_SUM)] = field(default_factory=list)
+        counts: Annotated[list[int], listed(COUNT)] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_choice("budget", self.budget, get_args(MemoryBudget))
+        check_range("margin", self.margin, 1, math.inf, "1.1 is the default.")
+        check_range("share", self.share, 0, 1, "0.1 is the default.", open_low=True)
+        check_range("momentum", self.momentum, 0, 1, "It is the share of the old average; 0.9.", open_high=True)
+        check_range("bias", self.bias, 0, 1, "At 1, the default, the gradient is unbiased.")
+
+    def begin(self, run: Facts) -> None:
+        """Forget everything, for a run begins."""
+        super().begin(run)
+        self._proposal = Proposal(self.share)
+
+    # ---- Decide ----
+
+    @property
+    def price(self) -> float:
+        """What the noise of a uniform step costs, relative to it; infinite while unknown."""
+        known = self._proposal.calibration is not None and self.state.count >= FEWEST_EXAMPLES
+        return self.margin / self.gain if known else math.inf
+
+    def visits(self) -> Visits | None:
+        """Draw the next visits by the table where that pays, else uniformly."""
+        return self.cheapest(otherwise=1.0)
+
+    def calibrate(self) -> None:
+        """Bring the proposal up to date with the table."""
+        table, state = self.run.table, self.state
+        self._proposal.refit(table.scores, table.pairs)
+        calibration = self._proposal.calibration
+        if calibration is not None:
+            state.edges, state.levels = calibration.edges.tolist(), calibration.levels.tolist()
+            state.counts = self._proposal.counts.tolist()
+
+    def cheapest(self, otherwise: float) -> Visits | None:
+        """Draw by the table where that is cheapest.
+
+        Args:
+            otherwise: What the noise of a uniform step costs in the steps that come else: 1 if they are uniform.
+        """
+        run, state = self.run, self.state
+        # Nobody has read the batches of this epoch, so the steps until its end are visits either way.
+        within = run.visiting() and run.place() > 0
+        was_drawn = state.drawn
+        self.calibrate()
+        state.drawn = self.price * (1 if was_drawn else HYSTERESIS) < (1.0 if within else otherwise)
+        if state.drawn:
+            return self._by_scores()
+        return self._uniformly() if within else None
+
+    def _by_scores(self) -> Visits:
+        """Draw with batches as large as the budget asks for."""
+        run, fraction = self.run, 1.0
+        if self.budget == "constant_variance":
+            smallest = max(SMALLEST_FRACTION, run.fewest / run.batch_size)
+            fraction = min(max(self.margin / self.gain, smallest), 1.0)
+        left = max(run.updates - run.place(), 1)
+        # A draw of all examples would be uniform.
+        splits = max(self._proposal.splits_for(fraction), 2 if fraction == 1 else 1)
+        return self._draw(fraction, math.ceil(left / max(round(left / run.updates * splits), 1)), uniform=False)
+
+    def _uniformly(self) -> Visits:
+        """Draw a part of an epoch, or what is left of it, uniformly."""
+        left = max(self.run.updates - self.run.place(), 1)
+        return self._draw(1.0, min(max(self.run.updates // UNIFORM_VISITS, 1), left), uniform=True)
+
+    def _draw(self, fraction: float, updates: int, uniform: bool) -> Visits:
+        run = self.run
+        assert run.examples is not None
+        length = min(updates * run.accumulation, run.micro_batches_left)
+        # Where the last batch is short, or padded to be even over ranks, there are more places than examples.
+        batch_size = min(run.batch_size * fraction, run.examples / (length * run.ranks))
+        size = math.floor(length * batch_size) * run.ranks
+        index, weights = self._proposal.draw(run.table.scores, size, run.generator(run.draws(), 4), uniform)
+        self.state.skipped_share = 1 - size / run.examples
+        visits = Visits(index, weights, length, batch_size=batch_size, uniform=uniform)
+        return visits if self.bias == 1 else self._biased(visits)
+
+    def _biased(self, visits: Visits) -> Visits:
+        """Raise the weights to a power, a micro-batch of all ranks at a time."""
+        assert visits.batch_size is not None
+        ends = [math.floor(m * visits.batch_size) * self.run.ranks for m in range(visits.micro_batches + 1)]
+        together = visits.weights.split([end - start for start, end in pairwise(ends)])
+        biased = torch.cat([bias_weights(weights, self.bias) for weights in together])
+        return Visits(
+            visits.index, biased, visits.micro_batches, visits.weights, visits.batch_size, uniform=visits.uniform
+        )
+
+    # ---- Learn ----
+
+    def measure(self, seen: Scored) -> Sequence[float]:
+        """Give Σw, Σ w Ĝ² and Σ w² Ĝ², the last with the weights that the table would have given uniform examples."""
+        squares = seen.scores.square()
+        assert seen.index is not None
+        if seen.kind == "visits" and self.state.drawn:
+            proposed = seen.weights.square()
+        else:
+            proposed = self._proposal.weights(self.run.table.scores[seen.index])
+        return [float(seen.weights.sum()), float((seen.weights * squares).sum()), float((proposed * squares).sum())]
+
+    def learn(self, tau: float, sums: Sequence[float]) -> None:
+        """Average in the gain, over the examples of a quarter of an epoch, however many steps these are."""
+        run, state = self.run, self.state
+        if self._proposal.calibration is None:
+            return
+        step = run.batch_size * run.accumulation * run.ranks
+        window = max(run.updates / 4, 20, 2 * FEWEST_EXAMPLES / step)
+        count, uniform_moment, drawn_moment = sums
+        keep = (1 - 1 / window) ** (count / step)
+        state.count = keep * state.count + count
+        state.uniform_moment = keep * state.uniform_moment + uniform_moment
+        state.drawn_moment = keep * state.drawn_moment + drawn_moment
+
+    # ---- Say, save ----
+
+    @property
+    def active(self) -> bool:
+        """Whether visits run that were drawn by scores."""
+        return self.state.drawn
+
+    @property
+    def gain(self) -> float:
+        """Second moment of uniform sampling over that of this proposal; 1 while nothing is known."""
+        state = self.state
+        return state.uniform_moment / state.drawn_moment if state.drawn_moment > 0 else 1.0
+
+    def status(self) -> str:
+        """Say the gain."""
+        return f"gain {self.gain:.2f}"
+
+    def log_entries(self) -> dict[str, float]:
+        """Give the gain, what the table holds, and what was skipped."""
+        table = self.run.table.log_entries(self.run.step())
+        return {"gain": self.gain, **table, "skipped_share": self.state.skipped_share}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        edges, levels, counts = self.state.edges, self.state.levels, self.state.counts
+        if not (edges or levels or counts):
+            return
+        fitting = len(edges) + 1 == len(levels) == len(counts) and sum(counts) > 0
+        if not fitting or edges != sorted(edges) or levels != sorted(levels):
+            raise ValueError(
+                "The calibration in the state of History is damaged: edges, levels and counts do not fit together. "
+                "Resume from an older checkpoint."
+            )
+        bounds, means = torch.tensor(edges, dtype=torch.float32), torch.tensor(levels, dtype=torch.float64)
+        self._proposal.take(Calibration(bounds, means), torch.tensor(counts))
