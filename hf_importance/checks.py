@@ -27,28 +27,23 @@ logger = logging.getLogger(__name__)
 def unknown_head(model: nn.Module) -> str:
     """Say that a model's loss is not known to split by example, and what to do."""
     return (
-        f"Importance sampling needs the loss of each example, and does not know how that of {type(model).__name__} "
+        f"it needs the loss of each example, and does not know how that of {type(model).__name__} "
         f"splits. Known are models whose class name ends in {', '.join(KNOWN_TASKS[:-1])} or {KNOWN_TASKS[-1]}, or "
-        "whose attribute loss_type is one of these. What to do: pass a compute_loss_func(outputs, labels, "
-        "num_items_in_batch) that is a sum over examples divided by num_items_in_batch, or train as the plain Trainer "
-        "does with importance_sampling=False."
+        "whose attribute loss_type is one of these. Say what the loss of each example is, with "
+        "compute_example_losses=..., or pass importance_sampling=False to be rid of this warning"
     )
 
 
-def check_dataset(examples: int, batch_size: int, presample_ratio: float | None) -> None:
-    """Refuse a dataset from which no pool can be drawn.
-
-    Raises:
-        ValueError: It has fewer examples than a pool, two batches where its size follows the cost rule.
-    """
+def too_few(examples: int, batch_size: int, presample_ratio: float | None) -> str | None:
+    """Say that a dataset has fewer examples than a pool, two batches where its size follows the cost rule."""
     pool = 2 * batch_size if presample_ratio is None else math.ceil(batch_size * presample_ratio)
-    if examples < pool:
-        said = "auto" if presample_ratio is None else f"{presample_ratio:g} times a batch of {batch_size}"
-        raise ValueError(
-            f"train_dataset has {examples} examples, fewer than the pool of {pool} that an importance step scores "
-            f"(presample_ratio={said}). What to do: lower per_device_train_batch_size or presample_ratio, or train "
-            "with importance_sampling=False."
-        )
+    if examples >= pool:
+        return None
+    said = "auto" if presample_ratio is None else f"{presample_ratio:g} times a batch of {batch_size}"
+    return (
+        f"train_dataset has {examples} examples, fewer than the pool of {pool} that an importance step scores "
+        f"(presample_ratio={said}). Lower per_device_train_batch_size or presample_ratio"
+    )
 
 
 def check_data(sampler: Sampler, dataset: Any, args: TrainingArguments, batch_size: int) -> bool:
@@ -63,13 +58,9 @@ def check_data(sampler: Sampler, dataset: Any, args: TrainingArguments, batch_si
     Raises:
         ValueError: It cannot.
     """
-    remembers = can_remember(sampler, dataset, args)
-    if not isinstance(dataset, IterableDataset):
-        if batch_size != args.train_batch_size:
-            check_threshold(sampler, args, batch_size)
-        if isinstance(sampler, Presample):
-            check_dataset(len(dataset), batch_size, sampler.ratio)
-    return remembers
+    if not isinstance(dataset, IterableDataset) and batch_size != args.train_batch_size:
+        check_threshold(sampler, args, batch_size)
+    return can_remember(sampler, dataset, args)
 
 
 def cannot_remember(dataset: Any, args: TrainingArguments, method: str) -> str | None:
@@ -125,18 +116,12 @@ def _warn_of_one_epoch(sampler: Sampler, dataset: Any, args: TrainingArguments) 
 def check_setup(sampler: Sampler, args: TrainingArguments) -> None:
     """Refuse what could not work.
 
-    Several GPUs in one process, processes that do not know of each other, ranks with unequal batches, gradient norms
-    under FSDP and DeepSpeed, and a threshold that τ can never pass.
+    Processes that do not know of each other, gradient norms under FSDP and DeepSpeed, and a threshold that τ can never
+    pass.
 
     Raises:
         ValueError: It could not work.
     """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel; importance "
-            "sampling needs one process a GPU. Start the script with: accelerate launch --multi_gpu --num_processes "
-            f"{args.n_gpu} script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
-        )
     check_launch(args, os.environ)
     state = None if args.distributed_state is None else args.distributed_state.distributed_type
     check_score(sampler)
@@ -145,11 +130,6 @@ def check_setup(sampler: Sampler, args: TrainingArguments) -> None:
         raise ValueError(
             f"score='gradient_norm' needs the gradients of single examples, and {state.value} takes hold of gradients "
             "as they are made. Use 'upper_bound', which needs none, or train without it."
-        )
-    if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
-        raise ValueError(
-            "accelerator_config has even_batches=False: one rank would train on a batch more than another and wait "
-            "for it for ever. Leave even_batches True, or set dataloader_drop_last=True."
         )
     check_threshold(sampler, args, args.train_batch_size)
 
@@ -168,6 +148,30 @@ def check_score(sampler: Sampler) -> None:
             "score='gradient_norm' takes a backward pass an example, and what is remembered are the scores that "
             "training passes give at no cost. Use 'upper_bound', or importance_method='presample'."
         )
+
+
+def stands_in_the_way(sampler: Sampler, args: TrainingArguments, examples: int | None, batch_size: int) -> str | None:
+    """Say what of the setting makes importance sampling impossible, or None.
+
+    Args:
+        sampler: Decides.
+        args: Of training.
+        examples: Of the training set; None for a stream.
+        batch_size: Of a micro-batch on each rank.
+    """
+    if args.n_gpu > 1:
+        return (
+            f"{args.n_gpu} GPUs are visible to one process, which Trainer uses through DataParallel, and it needs one "
+            f"process a GPU. Start the script with: accelerate launch --multi_gpu --num_processes {args.n_gpu} "
+            "script.py, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.world_size > 1 and not args.accelerator_config.even_batches and not args.dataloader_drop_last:
+        return (
+            "accelerator_config has even_batches=False, so one rank may train on a batch more than another and wait "
+            "for it for ever. Leave even_batches True, or set dataloader_drop_last=True"
+        )
+    ratio = sampler.ratio if isinstance(sampler, Presample) else None
+    return None if examples is None or sampler.needs_memory else too_few(examples, batch_size, ratio)
 
 
 def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> None:
@@ -237,20 +241,20 @@ def check_threshold(sampler: Sampler, args: TrainingArguments, batch_size: int) 
     logger.warning("Importance sampling will stay off: %s", message)
 
 
-def check_batch(batch: Mapping[str, Any], batch_size: int) -> None:
-    """Refuse examples that were run together into one row: they can no longer be told apart.
+def wrong_with_batch(batch: Any, batch_size: int) -> str | None:
+    """Say why the examples of a batch cannot be drawn one by one, or None where nothing speaks against it.
 
     Args:
         batch: The first batch.
         batch_size: Examples that it should be made of.
-
-    Raises:
-        ValueError: One row stands for several examples.
     """
+    if not isinstance(batch, Mapping):
+        return f"a batch is a {type(batch).__name__} and no dict, its entries have no names. Let the collator give one"
     # Positions that start anew within a row, and no mask, are how a flattening collator keeps texts apart.
     flattened = "cu_seq_lens_q" in batch or ("position_ids" in batch and "attention_mask" not in batch)
     if flattened and batch_size_of(batch) == 1 < batch_size:
-        raise ValueError(
-            f"The data_collator made one row of {batch_size} examples (packing, padding_free, or flattening), so they "
-            "cannot be drawn one by one. Let it pad instead, or train with importance_sampling=False."
+        return (
+            f"the data_collator made one row of {batch_size} examples (packing, padding_free, or flattening), so they "
+            "cannot be drawn one by one. Let it pad instead"
         )
+    return None

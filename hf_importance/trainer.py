@@ -1,11 +1,5 @@
 """``ImportanceTrainer``: a ``Trainer`` that spends its backward passes on the examples that still move the model.
 
-::
-
-    own batch ─► on? ── no ─► loss (w = 1) ─► scores of the same logits ───┐
-                  │ yes                                                    ├─► sums over ranks ─► τ ─► switch ─► log
-                  └─► + reserve ─► score ─► keep ─► weighted loss ─────────┘
-
 Here are the Trainer's hooks and nothing else. A *sampler* decides which examples a step trains on
 (:mod:`.samplers.sampler`), and a *run* does what it says (:mod:`.run.run`, where a step can be read). Every step
 starts from the Trainer's own batch, so epochs, ``max_steps``, the schedule and skipping on resume stay the Trainer's.
@@ -26,13 +20,14 @@ from transformers import Trainer
 
 from hf_importance.batches.entries import without_index
 from hf_importance.checkpoint.state import ImportanceStateCallback
-from hf_importance.checks import check_data, check_setup, unknown_head
+from hf_importance.checks import check_data, check_setup
 from hf_importance.objective.loss import Objective
+from hf_importance.objective.model import objective_of, overridden
 from hf_importance.reporting.cards import extend_card
 from hf_importance.reporting.progress import Status, show_status
 from hf_importance.run.run import Run
 from hf_importance.run.saved import folder_to_resume, save, say_what_is_half_written
-from hf_importance.run.start import RunCallback, indexed_loader, objective_of, start
+from hf_importance.run.start import RunCallback, indexed_loader, start
 from hf_importance.samplers.choose import chosen
 from hf_importance.samplers.sampler import Sampler
 from hf_importance.training_args import ImportanceArguments
@@ -41,26 +36,24 @@ from hf_importance.training_args import ImportanceArguments
 class ImportanceMixin(Trainer):
     """The importance logic, for any subclass of ``Trainer``: ``class MyTrainer(ImportanceMixin, Seq2SeqTrainer)``.
 
-    Overrides ``train``, ``get_train_dataloader``, ``get_batch_samples``, ``training_step``, ``compute_loss``, ``log``,
-    ``create_model_card`` and ``save_model``, each of them around ``super()``; copies nothing and patches nothing.
-
     Args:
         *args: As ``Trainer`` takes them. ``args`` may be an :class:`ImportanceTrainingArguments` or any
             ``TrainingArguments``, which gets the defaults.
         sampler: What decides which examples are trained on, in place of ``importance_method``.
-        compute_score_func: ``compute_score_func(outputs, labels)`` giving one non-negative score an example, shape
-            ``(b,)``, in place of ``importance_score``. Where it is not proportional to the gradient's norm, the
-            gradient stays unbiased and its variance grows.
+        compute_score_func: ``compute_score_func(outputs, labels)``, or with a third argument the whole batch, giving
+            one non-negative score an example, shape ``(b,)``, in place of ``importance_score``. Where it is not
+            proportional to the gradient's norm, the gradient stays unbiased and its variance grows.
+        compute_example_losses: ``compute_example_losses(outputs, inputs)`` giving the loss of each example, shape
+            ``(b,)``, where it is not the model's own: class weights, sample weights, distillation. ``inputs`` is the
+            whole batch. It is what is trained on, in every step. A subclass may define it as a method instead.
         **kwargs: As ``Trainer`` takes them.
 
-    Attributes:
-        importance_args: The fields of :class:`ImportanceArguments`, the user's or the defaults.
-        sampler: What decides.
+    ``sampler`` and ``importance_args``, the fields of :class:`ImportanceArguments`, are attributes too.
 
     Raises:
-        ValueError: The model's loss is not known to split by example, importance sampling could never switch on at
-            the given ``tau_threshold``, both a sampler and a method were given, or the model would run under
-            ``DataParallel``.
+        ValueError: Importance sampling could never switch on at the given ``tau_threshold``, both a sampler and a
+            method were given, or a value is out of range. What the model, the loss, the loader or the batches are is
+            never an error: then it is off, the run is the plain Trainer's, and one warning says why.
     """
 
     def __init__(
@@ -68,11 +61,13 @@ class ImportanceMixin(Trainer):
         *args: Any,
         sampler: Sampler | None = None,
         compute_score_func: Callable[[Any, Tensor], Tensor] | None = None,
+        compute_example_losses: Callable[[Any, dict[str, Any]], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        given = self.args
-        self.importance_args = given if isinstance(given, ImportanceArguments) else ImportanceArguments()
+        if compute_example_losses is not None:
+            self.compute_example_losses = compute_example_losses
+        self.importance_args = self.args if isinstance(self.args, ImportanceArguments) else ImportanceArguments()
         self.compute_score_func = compute_score_func
         self._given_sampler = sampler
         self._said: set[str] = set()  # warnings of arguments without effect
@@ -91,19 +86,13 @@ class ImportanceMixin(Trainer):
     # ---- What a run is made of ----
 
     def _look_at_model(self) -> None:
-        self._objective: Objective = objective_of(self, self.importance_args)
-        if self._objective.head is not None:
-            # compute_loss below gives every micro-batch its share of the step, so training_step must not divide again.
-            self.loss_is_scaled_for_ga = True
-        elif self.importance_args.importance_sampling:
-            raise ValueError(unknown_head(self.model))
-
-    def _leave_loss_to_trainer(self) -> None:
-        self.loss_is_scaled_for_ga = type(self).loss_is_scaled_for_ga
+        self._own_code = overridden(self, ImportanceMixin)
+        losses = getattr(self, "compute_example_losses", None)
+        self._objective: Objective = objective_of(self, self.importance_args, self._own_code, losses)
 
     def _begin_run(self) -> None:
-        settings, folder = self.importance_args, self._folders.get("resumed")
-        self._run = start(self, self.sampler, self._objective, settings, self.compute_score_func, folder)
+        given = self.importance_args, self.compute_score_func, self._folders.get("resumed"), self._own_code
+        self._run = start(self, self.sampler, self._objective, *given)
         # The Trainer may have replaced the callback by a copy from the checkpoint. Each keeps its place: the list is
         # being gone through, and what moved up would miss the event.
         known = self.callback_handler.callbacks
@@ -135,18 +124,21 @@ class ImportanceMixin(Trainer):
         if self._run is not None:
             return self._run.batches(epoch_iterator, num_batches, own)
         batches, items = own(epoch_iterator)
-        known = self._objective.head is not None
-        self._objective.count(batches)
-        if known and self._objective.head is None:
-            self._leave_loss_to_trainer()
-        return batches, items
+        self._objective.count_where_repaired(batches)
+        return [without_index(batch)[0] for batch in batches], items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Train on a micro-batch as ``Trainer`` does, and time it while that tells what scoring costs."""
-        if self._run is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        with self._run.clock.training_on(inputs):
-            return super().training_step(model, inputs, *args, **kwargs)
+        """Train on a micro-batch as ``Trainer`` does, and see that it descends the loss that was computed."""
+        scaled = self.loss_is_scaled_for_ga
+        try:
+            if self._run is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            with self._run.watch.training_on(inputs):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            self._run.watch.returned(loss)
+            return loss
+        finally:
+            self.loss_is_scaled_for_ga = scaled
 
     def compute_loss(
         self,
@@ -155,27 +147,23 @@ class ImportanceMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss as ``Trainer`` does, weighted by the batch's ``importance_weights``, if any.
-
-        In training it is a mean over the items of the whole optimizer step, and the outputs are scored.
-        """
-        batch, index = without_index(inputs)
+        """Compute the loss as ``Trainer`` does, weighted; in training the outputs are scored, too."""
         objective, run = self._objective, self._run
         objective.hold_batch_norm(model.training)
 
-        def own(given: dict[str, Any], wanted: bool) -> Any:
+        def own(model: nn.Module, given: dict[str, Any], wanted: bool) -> Any:
             return super(ImportanceMixin, self).compute_loss(
                 model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
 
-        if not objective.applies(model.training, batch):
-            return own(batch, return_outputs)
-        listens = run is not None and run.listens and model.training
-        loss, outputs = objective.loss(own, model, batch, return_outputs or listens, num_items_in_batch)
-        if objective.head is None:  # it knows no more than the Trainer
-            self._leave_loss_to_trainer()
-        elif listens and run is not None:
-            run.saw(outputs, batch, index)
+        if run is not None and model.training:
+            loss, outputs = run.watch.loss(own, model, inputs, return_outputs, num_items_in_batch)
+        elif objective.applies(model.training, inputs):
+            loss, outputs = objective.loss_without_run(own, model, inputs, return_outputs, num_items_in_batch)
+        else:
+            return own(model, inputs, return_outputs)
+        if objective.scaled:  # ours is the share of the step already, so training_step must not divide again
+            self.loss_is_scaled_for_ga = True
         return (loss, outputs) if return_outputs else loss
 
     # ---- Log ----
@@ -184,13 +172,13 @@ class ImportanceMixin(Trainer):
         """Log as ``Trainer`` does, with the figures of importance sampling at every training log."""
         if self._run is not None and self.is_in_train:
             if "loss" in logs:
-                logs.update(self._run.log_entries())
+                logs.update(self._run.ledger.log_entries())
             elif "train_runtime" in logs:  # also what train() returns
-                logs.update(self._run.summary())
+                logs.update(self._run.ledger.summary())
         super().log(logs, start_time)
 
     def _status(self) -> Status:
-        return Status(1.0, "", "off") if self._run is None else Status(*self._run.status())
+        return Status(1.0, "", "off") if self._run is None else Status(*self._run.ledger.status())
 
     def importance_table(self) -> datasets.Dataset:
         """Give what is remembered of each training example, ready to sort and to join; any rank may call it alone.
@@ -221,10 +209,7 @@ class ImportanceMixin(Trainer):
     def create_model_card(self, *args: Any, baseline: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write the Trainer's card, with a section on importance sampling; ``push_to_hub`` passes its arguments on.
 
-        Args:
-            *args: As ``Trainer`` takes them.
-            baseline: Metrics of a uniform run of the same script, by name (``eval_accuracy``), to compare with.
-            **kwargs: As ``Trainer`` takes them.
+        ``baseline``: metrics of a uniform run of the same script, by name (``eval_accuracy``), to compare with.
         """
         super().create_model_card(*args, **kwargs)
         if self.importance_args.importance_sampling and self.is_world_process_zero():
@@ -241,11 +226,7 @@ class ImportanceMixin(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``Trainer`` does, from a whole checkpoint only, and say in one sentence how it went.
-
-        Raises:
-            ValueError: The checkpoint is half-written, or its state of importance sampling cannot be taken up.
-        """
+        """Train as ``Trainer`` does, and say how it went; a half-written checkpoint is refused by a ``ValueError``."""
         self.sampler, self._run = chosen(self.importance_args, self._given_sampler, self._said), None
         if self.importance_args.importance_sampling and resume_from_checkpoint:
             resume_from_checkpoint = folder_to_resume(resume_from_checkpoint, self.args.output_dir, self.sampler)
@@ -260,7 +241,7 @@ class ImportanceMixin(Trainer):
             if self._run is not None:
                 self._run.feed.close()
         if self._run is not None:
-            self._run.say_how_it_went()
+            self._run.ledger.say_how_it_went()
         return result
 
 

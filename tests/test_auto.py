@@ -29,7 +29,7 @@ class Sources(ImportanceTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.sources.append(self.sampler.source if self.sampler.active else "uniform")
-        self.kept.append(inputs)
+        self.kept.append({**inputs, **toys.given(self)})
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -131,9 +131,10 @@ def test_presampling_gives_way_to_memory_once_that_is_cheaper(tmp_path):
     ours = trained(tmp_path, persistent, kappa=0.02, importance_budget="constant_variance")
     found = spans(ours.sources)
     assert [name for name, _ in found[:3]] == ["uniform", "presample", "history"]
+    # On, and over to memory: two switches, which training logs say.
     entries = [e for e in ours.state.log_history if "importance/switches" in e]
-    # On, and over to memory: two switches, each with an entry of its own.
-    assert [e["importance/switches"] for e in entries if "loss" not in e][:2] == [1, 2]
+    told = {e["importance/switches"]: e["importance/switched_at"] for e in entries if e["importance/switches"]}
+    assert [told[1], told[2]] == list(itertools.accumulate(length for _, length in found[:2]))
 
 
 def test_hysteresis_keeps_the_source(tmp_path):

@@ -137,9 +137,9 @@ def test_a_backend_holds_every_key_the_switch_and_the_arguments(tmp_path, digits
         logged = [(e["step"], e[f"importance/{key}"]) for e in trainer.state.log_history if f"importance/{key}" in e]
         assert [step for step, _ in series] == [step for step, _ in logged]
         assert [value for _, value in series] == pytest.approx([value for _, value in logged])
-    # The switch itself: on after the first, uniform step, between two logging steps.
-    assert ours["active"] == [(1, 1.0), (3, 1.0), (6, 1.0)]
-    assert ours["switches"] == [(1, 1), (3, 1), (6, 1)]
+    # The switch: on after the first, uniform step, between two logging steps.
+    assert ours["active"] == [(3, 1.0), (6, 1.0)]
+    assert ours["switches"] == ours["switched_at"] == [(3, 1), (6, 1)]
     expected = {"importance_sampling": True, "presample_ratio": 3.0, "scoring_batch_size": 24}
     assert {name: hyperparameters[name] for name in expected} == expected
     assert MOMENTUM[backend](hyperparameters) == 0.0

@@ -1,4 +1,7 @@
-"""Bad input is refused before training, in words that name the argument, its value, and what to do."""
+"""Bad arguments are refused before training, in words that name the argument, its value, and what to do.
+
+What a model, a loss or a dataset is, is none: then importance sampling is off, and one warning says why.
+"""
 
 import logging
 
@@ -78,45 +81,61 @@ def test_a_step_of_one_example_warns_once_and_trains(tmp_path, digits, caplog):
     assert "1 says nothing. What to do: raise per_device_train_batch_size" in messages[0]
 
 
-def test_a_model_whose_loss_is_not_known_to_split(tmp_path, digits):
+def test_a_model_whose_loss_is_not_known_to_split(tmp_path, digits, caplog):
     class Contrastive(torch.nn.Module):
         def __init__(self):
             super().__init__()
+            torch.manual_seed(0)
             self.layer = torch.nn.Linear(64, 4)
 
         def forward(self, pixel_values, labels=None):
             z = self.layer(pixel_values.flatten(1))
             return {"loss": (z @ z.T).square().mean(), "logits": z}
 
-    with pytest.raises(
-        ValueError, match=r"how that of Contrastive splits.* compute_loss_func.*importance_sampling=False"
-    ):
-        ImportanceTrainer(Contrastive(), toys.arguments(tmp_path), train_dataset=digits)
-    args = toys.arguments(tmp_path, importance_sampling=False)
-    ours = toys.run(ImportanceTrainer, Contrastive(), args, digits.select(range(64)))
-    assert ours.state.global_step == 8
     # Accumulation too is the plain Trainer's where the head is not known.
-    assert ours.loss_is_scaled_for_ga is Trainer.loss_is_scaled_for_ga
+    settings, small = {"gradient_accumulation_steps": 2}, digits.select(range(64))
+    what_to_do = "how that of Contrastive splits.*compute_example_losses=.*importance_sampling=False"
+    toys.check_off(caplog, what_to_do, Contrastive, toys.arguments(tmp_path, **settings), small)
+    caplog.clear()
+    args = toys.arguments(tmp_path, importance_sampling=False, **settings)
+    ours, plain = (toys.run(kind, Contrastive(), args, small) for kind in (ImportanceTrainer, Trainer))
+    toys.same_run(ours, plain)
+    assert not caplog.records
 
 
-def test_a_body_without_a_head(tmp_path, digits):
-    with pytest.raises(ValueError, match="how that of BertModel splits"):
-        ImportanceTrainer(BertModel(BertConfig(hidden_size=16, num_attention_heads=2)), toys.arguments(tmp_path))
+def same_error(tmp_path, make_model, data):
+    """What training fails with, ours as the plain Trainer."""
+    said = []
+    for kind in (ImportanceTrainer, Trainer):
+        with pytest.raises(ValueError) as error:
+            toys.run(kind, make_model(), toys.arguments(tmp_path), data)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    return said[0]
 
 
-def test_a_dataset_without_labels(tmp_path):
+def test_a_body_without_a_head(tmp_path, caplog):
+    config = BertConfig(hidden_size=16, num_attention_heads=2)
+    assert "did not return a loss" in same_error(tmp_path, lambda: BertModel(config), toys.sentences())
+    assert "how that of BertModel splits" in toys.reason(caplog)
+
+
+def test_a_dataset_without_labels(tmp_path, caplog):
     data = toys.sentences().remove_columns("labels")
-    with pytest.raises(ValueError, match=r"no 'labels', only \['attention_mask', 'input_ids'\].*'label' or 'labels'"):
-        toys.run(ImportanceTrainer, toys.bert(), toys.arguments(tmp_path), data)
+    assert "did not return a loss" in same_error(tmp_path, toys.bert, data)
+    found = toys.reason(caplog)
+    assert "no 'labels', only ['attention_mask', 'input_ids']" in found and "'label' or 'labels'" in found
 
 
-@pytest.mark.parametrize("examples", [0, 10, 47])
-def test_a_dataset_too_small_for_a_pool(tmp_path, digits, examples):
-    message = (
-        f"train_dataset has {examples} examples, fewer than the pool of 48 .*presample_ratio=3 times a batch of 16"
-    )
-    with pytest.raises(ValueError, match=message):
-        toys.run(ImportanceTrainer, toys.vit(), toys.arguments(tmp_path), digits.select(range(examples)))
+def test_no_dataset_at_all(tmp_path, digits):
+    assert "num_samples=0" in same_error(tmp_path, toys.vit, digits.select(range(0)))
+
+
+@pytest.mark.parametrize("examples", [10, 47])
+def test_a_dataset_too_small_for_a_pool(tmp_path, digits, examples, caplog):
+    too_few = f"train_dataset has {examples} examples, fewer than the pool of 48 .*ratio=3 times a batch of 16"
+    data = digits.select(range(examples))
+    toys.check_off(caplog, too_few, lambda: toys.vit(dropout=0.1), toys.arguments(tmp_path), data)
 
 
 def test_the_smallest_dataset_that_makes_a_pool_trains(tmp_path, digits):
@@ -125,11 +144,10 @@ def test_the_smallest_dataset_that_makes_a_pool_trains(tmp_path, digits):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_a_batch_of_ignored_labels(tmp_path, on):
+def test_a_batch_of_ignored_labels(tmp_path, on, caplog):
     data = toys.sentences(64).with_format(None).map(lambda e: {"labels": -100}).with_format("torch")
-    make = toys.always_on if on else toys.arguments
-    with pytest.raises(ValueError, match=r"every label of a batch is ignored \(-100\).*Remove such examples"):
-        toys.run(ImportanceTrainer, toys.bert(), make(tmp_path), data)
+    args = (toys.always_on if on else toys.arguments)(tmp_path)
+    toys.check_off(caplog, r"every label of a batch is ignored \(-100\).*Remove such examples", toys.bert, args, data)
 
 
 def test_some_ignored_labels_are_trained_around(tmp_path):
@@ -153,7 +171,7 @@ def test_a_score_function_of_the_wrong_shape(tmp_path, digits):
 
 def test_a_negative_score(tmp_path, digits):
     args = toys.always_on(tmp_path)
-    with pytest.raises(ValueError, match="scores must be finite and non-negative"):
+    with pytest.raises(ValueError, match=r"compute_score_func gave a score of -1: .* it cannot be negative\. Give"):
         toys.run(
             ImportanceTrainer,
             toys.vit(),
@@ -192,15 +210,10 @@ def test_a_loss_function_that_splits_by_example_is_weighted(tmp_path, digits, fu
     torch.testing.assert_close(found, (weights * each).mean())
 
 
-def test_a_loss_function_that_does_not_split_is_refused(tmp_path, digits):
-    with pytest.raises(ValueError, match="compute_loss_func that is no sum over examples"):
-        toys.run(
-            ImportanceTrainer,
-            toys.vit(),
-            toys.arguments(tmp_path),
-            digits.select(range(64)),
-            compute_loss_func=pairwise,
-        )
+def test_a_loss_function_that_does_not_split(tmp_path, digits, caplog):
+    args, data = toys.arguments(tmp_path), digits.select(range(64))
+    no_sum = "compute_loss_func that is no sum over examples"
+    toys.check_off(caplog, no_sum, toys.vit, args, data, compute_loss_func=pairwise)
 
 
 BOTH, AUTO = ("constant_variance", "constant_variance"), {"importance_method": "auto"}

@@ -2,7 +2,6 @@
 
 import logging
 
-import pytest
 import torch
 import toys
 from torch import nn

@@ -16,10 +16,10 @@ from hf_importance.batches.entries import batch_size_of
 from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
 from hf_importance.batches.pool import Padding, PooledBatches, merge_rows
 from hf_importance.batches.random import isolated_rng
-from hf_importance.batches.reserve import Reserve, ReserveDataset, split_evenly
+from hf_importance.batches.reserve import Population, Reserve, ReserveDataset, split_evenly
 from hf_importance.batches.visits import Order
+from hf_importance.ranks import Ranks
 from hf_importance.run.feed import Feed
-from hf_importance.run.ranks import Ranks
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -198,7 +198,7 @@ def test_visits_hand_out_all_examples_however_they_split(ranks):
             for rank in range(ranks):
                 place = Ranks(SimpleNamespace(num_processes=ranks, process_index=rank))
                 place.gather_number = lambda value: [value] * ranks
-                feed = Feed(loader, place, Padding(), 0, 8, 1, 8, None, skipped=lambda: 0)
+                feed = Feed(loader, place, Padding(), 0, 8, 1, 8, None, lambda: 0, Population(64))
                 feed.visit(Visits(index, torch.ones(len(index)), micro_batches))
                 order = Order(*feed.tensors().values(), feed.state.visits.batch_size, micro_batches, 0)
                 parts = [order.index[order.rows(micro, rank, ranks)] for micro in range(micro_batches)]

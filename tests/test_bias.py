@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_importance import Auto, History, ImportanceTrainer, Presample
+from hf_importance.batches.entries import WEIGHTS
 from hf_importance.theory.sampling import bias_weights
 
 SCORES = [0.5, 1.0, 3.0, 8.0]
@@ -41,10 +42,11 @@ def test_over_all_draws_the_length_stays_and_the_direction_does_not(exponent):
 class Look(ImportanceTrainer):
     """Keeps the weights of every micro-batch."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        weights = inputs.get("importance_weights")
-        self.__dict__.setdefault("weights", []).append(None if weights is None else weights.clone())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        given = [batch.get(WEIGHTS) for batch in toys.handed(self, batches)]
+        self.__dict__.setdefault("weights", []).extend(given)
+        return batches, items
 
 
 def train(tmp_path, **overrides):

@@ -11,10 +11,11 @@ import toys
 from test_history import ALONE
 from test_resume import build
 from torch.utils.data import DataLoader, default_collate
+from transformers import Trainer
 
-from hf_importance import Pool
+from hf_importance import ImportanceTrainer, Pool
 from hf_importance.batches.pool import Padding
-from hf_importance.batches.reserve import ReserveDataset
+from hf_importance.batches.reserve import Population, ReserveDataset
 from hf_importance.run.feed import Feed
 
 
@@ -74,10 +75,15 @@ def test_several_changes_are_one_line(tmp_path, saved, caplog):
     assert "seed was 42 and is 7" in record.getMessage()
 
 
-def test_a_dataset_that_shrank_below_a_pool_is_refused(tmp_path, saved):
-    trainer = build(tmp_path, toys.sentences(40))
-    with pytest.raises(ValueError, match="train_dataset has 40 examples, fewer than the pool of 48"):
+def test_with_a_dataset_that_shrank_below_a_pool_it_is_off(tmp_path, saved, caplog):
+    ours, plain = (
+        build(tmp_path / kind.__name__, toys.sentences(40), kind=kind) for kind in (ImportanceTrainer, Trainer)
+    )
+    for trainer in (ours, plain):
         trainer.train(resume_from_checkpoint=saved)
+    assert "train_dataset has 40 examples, fewer than the pool of 48" in toys.reason(caplog)
+    assert ours.state.global_step == 10
+    toys.same_run(ours, plain)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_the_reserve_goes_on_behind_the_pools_that_were_drawn(old, new, position
 
     def reserve(batch):
         loader = DataLoader([{"x": torch.tensor(i)} for i in range(200)], batch)
-        return Feed(loader, ALONE, Padding(), 7, batch, 1, 1, None, skipped=lambda: 0)
+        return Feed(loader, ALONE, Padding(), 7, batch, 1, 1, None, lambda: 0, Population(200))
 
     before, after = reserve(old[1]), reserve(new[1])
     before.rest_of(pool(*old), iter(()))

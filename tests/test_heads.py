@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, CLASSES, LENGTH, PAD, Architecture, table
 from torch import Tensor, nn
-from toys import arguments
+from toys import arguments, check_off
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
@@ -290,9 +290,11 @@ def test_label_smoothing_is_the_trainers(model, task, tmp_path):
 @pytest.mark.parametrize("model, task", [("GPT2LMHeadModel", "causal LM"), ("LlamaForCausalLM", "causal LM")])
 def test_items_are_what_trainer_counts_where_the_loss_is_divided_by_it(model, task, tmp_path):
     case = one(model, task, tmp_path)
-    trainer = case.trainer()
-    batches, count = trainer.get_batch_samples(iter([case.batch]), 1, torch.device("cpu"))
-    trainer.training_step(case.model, batches[0], count)
+    trainer = case.trainer(max_steps=1)
+    trainer.train()  # the first step of a run tells what the loss is divided by
+    trainer._run = None
+    case.model.train()
+    _, count = trainer.get_batch_samples(iter([case.batch]), 1, torch.device("cpu"))
     assert int(trainer._objective.scale.items(case.batch)) == int(count)
     # So a step of equal weights has the same loss, on as off.
     uniform = trainer.compute_loss(case.model, dict(case.batch), num_items_in_batch=count)
@@ -433,19 +435,40 @@ def test_a_foreign_model_says_how_its_loss_splits_by_its_loss_type(form, tokens,
         "BertModel",
     ],
 )
-def test_losses_that_are_no_sum_over_examples_are_refused_by_name(name, tmp_path):
-    model = type(name, (nn.Module,), {"forward": lambda self, x, labels=None: None})()
-    assert head_of(model, 0.0, None) is None
-    with pytest.raises(ValueError, match=rf"how that of {name} splits.*ForTokenClassification.*compute_loss_func"):
-        ImportanceTrainer(model=model, args=arguments(tmp_path))
+def test_losses_that_are_no_sum_over_examples_are_known_by_name(name, tmp_path, caplog, generator):
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, labels=None):
+            z = self.layer(x)
+            return {"loss": (z @ z.T).square().mean(), "logits": z}
+
+    kind = type(name, (Pairs,), {})
+    assert head_of(kind(), 0.0, None) is None
+    data = [{"x": torch.randn(3, generator=generator), "labels": torch.tensor(i % 2)} for i in range(64)]
+    expected = rf"how that of {name} splits.*ForTokenClassification.*compute_example_losses"
+    check_off(caplog, expected, kind, arguments(tmp_path, gradient_accumulation_steps=2), data)
 
 
-def test_a_loss_that_is_not_its_tasks_is_refused_at_the_first_batch(tmp_path):
+def test_a_loss_that_is_not_its_tasks_is_the_plain_trainers(tmp_path, caplog):
     case = one("BertForTokenClassification", "token classification", tmp_path)
-    forward = case.model.forward
-    case.model.forward = lambda **inputs: {**(found := forward(**inputs)), "loss": 1.3 * found["loss"]}
-    with pytest.raises(ValueError, match="not the plain mean that its task stands for"):
-        case.trainer(remove_unused_columns=False).train()
+    kind = type(case.model)
+
+    class Scaled(kind):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            return {**outputs, "loss": 1.3 * outputs["loss"]} if "loss" in outputs else outputs
+
+    def build():
+        model = copy.deepcopy(case.model)
+        model.__class__ = Scaled
+        return model
+
+    trainer = case.trainer(remove_unused_columns=False)
+    check_off(caplog, "not the plain mean that its task stands for", build, trainer.args, trainer.train_dataset)
 
 
 def test_outputs_without_logits_are_refused_in_words(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from hf_importance.batches.visits import Order
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.run.table import COLUMNS, Table
 from hf_importance.samplers import proposal as proposals
 from hf_importance.samplers.history import History

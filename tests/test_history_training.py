@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer
 
 from hf_importance import History, ImportanceTrainer
-from hf_importance.batches.entries import INDEX
+from hf_importance.batches.entries import INDEX, WEIGHTS
 from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
 from hf_importance.batches.pool import Padding
 from hf_importance.batches.random import key_to_seed
+from hf_importance.batches.reserve import Population
 from hf_importance.run.feed import Feed
 from hf_importance.run.table import Table
 
@@ -37,12 +38,12 @@ def arguments(tmp_path, **overrides):
 class Look(ImportanceTrainer):
     """Keeps what is trained on."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.__dict__.setdefault("seen_batches", []).append(
-                (inputs[INDEX].tolist(), inputs.get("importance_weights"), inputs["input_ids"].clone())
-            )
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in toys.handed(self, batches):
+            row = (batch[INDEX].tolist(), batch.get(WEIGHTS), batch["input_ids"].clone())
+            self.__dict__.setdefault("seen_batches", []).append(row)
+        return batches, items
 
 
 def train(tmp_path, data=None, kind=Look, score=uneven, model=None, **overrides):
@@ -363,10 +364,33 @@ def test_an_order_by_lengths_is_refused(tmp_path):
         train(tmp_path, train_sampling_strategy="group_by_length")
 
 
-def test_a_batch_that_is_no_dict_is_refused():
+class Pairs:
+    """A batch with a place for each entry, and names for none."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        ids, labels = inputs
+        return model(input_ids=ids, labels=labels).loss
+
+
+def test_a_batch_that_is_no_dict_has_no_place_for_the_index_and_is_off(tmp_path, caplog):
     collate = IndexedCollator(lambda examples: torch.stack(examples))
-    with pytest.raises(ValueError, match="must give a dict, but it gives Tensor"):
-        collate(IndexedDataset(torch.rand(4, 2)).__getitems__([0, 1]))
+    data = torch.rand(4, 2)
+    assert torch.equal(collate(IndexedDataset(data).__getitems__([2, 0])), data[[2, 0]])
+
+    def pairs(examples):
+        return tuple(torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels"))
+
+    settings = {"data_collator": pairs, "max_steps": 2 * STEPS}
+    ours, plain = (
+        train_pairs(tmp_path, type("Own", (Pairs, kind), {}), **settings) for kind in (ImportanceTrainer, Trainer)
+    )
+    assert "a batch is a tuple and no dict" in toys.reason(caplog)
+    toys.same_run(ours, plain)
+
+
+def train_pairs(tmp_path, kind, data_collator, max_steps):
+    args = arguments(tmp_path, max_steps=max_steps, remove_unused_columns=False)
+    return toys.run(kind, toys.bert(dropout=0.1), args, toys.sentences(EXAMPLES), data_collator=data_collator)
 
 
 def test_one_epoch_is_warned_of(tmp_path, caplog):
@@ -416,7 +440,8 @@ def test_passes_fill_the_epoch_whatever_its_length(examples, batch, accumulation
     loader = DataLoader(data, batch, collate_fn=IndexedCollator(default_collate))
     micro_batches, table, sampler = len(loader), Table(examples, ALONE), History()
     updates = math.ceil(micro_batches / accumulation)
-    feed = Feed(loader, ALONE, Padding(), 0, batch, accumulation, updates, None, skipped=lambda: 0)
+    drawn_from = Population(examples)
+    feed = Feed(loader, ALONE, Padding(), 0, batch, accumulation, updates, None, lambda: 0, drawn_from)
     sampler.begin(
         facts(
             table,

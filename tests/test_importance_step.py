@@ -82,13 +82,14 @@ def test_it_goes_off_again_and_every_switch_is_logged(tmp_path, digits, caplog):
     with caplog.at_level(logging.INFO, "hf_importance"):
         trainer, _ = spied(tmp_path, make, toys.vit(), digits.select(range(128)), max_steps=6, logging_steps=1)
     history = trainer.state.log_history
-    switches = [e for e in history if "loss" not in e and "importance/switches" in e]
-    assert [(e["importance/active"], e["importance/switches"], e["step"]) for e in switches] == [
-        (1.0, 1, 1),
-        (0.0, 2, 4),
+    # A switch has no entry of its own: the training log says it.
+    entries = [e for e in history if "loss" in e]
+    assert [e for e in history if "importance/active" in e] == entries
+    assert [(e["importance/active"], e["importance/switches"], e["importance/switched_at"]) for e in entries] == [
+        *[(1.0, 1, 1)] * 3,
+        *[(0.0, 2, 4)] * 3,
     ]
-    steps = [e["importance/active_share"] for e in history if "loss" in e]
-    assert steps == [0, 1, 1, 1, 0, 0]
+    assert [e["importance/active_share"] for e in entries] == [0, 1, 1, 1, 0, 0]
     lines = [record.getMessage() for record in caplog.records if "Importance sampling o" in record.getMessage()]
     assert len(lines) == 2
     assert "on after step 1: tau 1.0" in lines[0]
@@ -101,9 +102,10 @@ def test_what_is_trained_on_is_weighted_as_drawn(tmp_path, digits, resampling):
     seen = []
 
     class Look(ImportanceTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append(inputs.get("importance_weights"))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        def training_step(self, model, inputs, *args, **kwargs):
+            assert not inputs.keys() & {"importance_weights", "importance_index"}
+            seen.append(toys.given(self).get("importance_weights"))
+            return super().training_step(model, inputs, *args, **kwargs)
 
     args = toys.always_on(tmp_path, resampling=resampling, max_steps=4, logging_steps=4)
     trainer = toys.run(Look, toys.vit(), args, digits.select(range(128)))

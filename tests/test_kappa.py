@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer, Presample
+from hf_importance.ranks import Ranks
 from hf_importance.run.clock import FEW_SAMPLES, SAMPLES, WARM_UP, Clock
-from hf_importance.run.ranks import Ranks
 from hf_importance.theory.costs import ASSUMED_KAPPA
 
 PROBES = WARM_UP + SAMPLES

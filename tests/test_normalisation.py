@@ -29,7 +29,6 @@ def first_step(kind, tmp_path, model, dataset, size, accumulation, **overrides):
         max_steps=1,
         logging_steps=1,
         max_grad_norm=0,
-        train_sampling_strategy="sequential",
         **{"presample_ratio": 1.5, "tau_threshold": 1.2, **overrides},
     )
     trainer = toys.run(kind, model, args, dataset, callbacks=[callback])
@@ -56,7 +55,7 @@ def _without_loss_arguments(model):
 
 
 def data_for(name, digits, ragged):
-    # Ragged: an epoch of 7, so the last micro-batch of the step is smaller. Else the first 8 of 24 make the step.
+    # Ragged: an epoch of 7, so the last micro-batch of the step is smaller. Else 8 of 24 make the step, the same ones.
     examples = 7 if ragged else 24
     data = digits.select(range(24)) if name == "over the step" else toys.sentences(24)
     if name == "regression":
@@ -135,7 +134,8 @@ def test_weights_of_one_are_the_models_own_loss_and_gradient(tmp_path):
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_is_no_plain_mean_is_refused_at_the_first_step(tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_plain_mean_is_the_plain_trainers(tmp_path, caplog, accumulation):
     class WithClassWeights(toys.BertForSequenceClassification):
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
             outputs = super().forward(input_ids, attention_mask)
@@ -143,10 +143,16 @@ def test_a_loss_that_is_no_plain_mean_is_refused_at_the_first_step(tmp_path):
             outputs.loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight) * 1.5
             return outputs
 
-    model = WithClassWeights(toys.bert().config)
-    with pytest.raises(ValueError, match=r"The loss of the first batch is .*class weights.*importance_sampling=False"):
-        toys.run(ImportanceTrainer, model, toys.arguments(tmp_path), toys.sentences())
-    toys.run(ImportanceTrainer, model, toys.arguments(tmp_path, importance_sampling=False), toys.sentences())
+    def model():
+        torch.manual_seed(0)
+        return WithClassWeights(toys.bert().config)
+
+    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation}
+    reason = r"the loss of the first batch is .*class weights.*importance_sampling=False"
+    toys.check_off(caplog, reason, model, toys.arguments(tmp_path, **settings), toys.sentences())
+    args = toys.arguments(tmp_path, importance_sampling=False, **settings)
+    ours, plain = (toys.run(kind, model(), args, toys.sentences()) for kind in (ImportanceTrainer, Trainer))
+    toys.same_run(ours, plain)
 
 
 def test_the_scale_is_learnt_once_a_micro_batch_tells(tmp_path):

@@ -214,20 +214,20 @@ OWN_WARNINGS = [  # TRL's own
 ]
 
 
-def sft(tmp_path, mixed=True, model=None, side="right", **overrides):
+def sft(tmp_path, mixed=True, model=None, side="right", own=None, **overrides):
     trl = pytest.importorskip("trl")
-    bases = (ImportanceMixin, trl.SFTTrainer) if mixed else (trl.SFTTrainer,)
+    bases = (*((own,) if own else ()), *((ImportanceMixin,) if mixed else ()), trl.SFTTrainer)
 
     @dataclass
     class Arguments(*((ImportanceArguments,) if mixed else ()), trl.SFTConfig):
         pass
 
     class Trained(*bases):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            if model.training:
-                self.trained = getattr(self, "trained", [])
-                self.trained.append(dict(inputs))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        def get_batch_samples(self, *args):
+            batches, items = super().get_batch_samples(*args)
+            given = toys.handed(self, batches) if mixed else batches
+            self.trained = [*getattr(self, "trained", []), *given]
+            return batches, items
 
     settings = {
         "output_dir": str(tmp_path),
@@ -251,6 +251,16 @@ def sft(tmp_path, mixed=True, model=None, side="right", **overrides):
         eval_dataset=rows.select(range(10)),
         processing_class=features.tokenizer(side),
     )
+
+
+def check_off(tmp_path, caplog, expected, **settings):
+    """It is the plain SFTTrainer's run to the last bit, and one warning gives the expected reason."""
+    trainers = [sft(tmp_path, mixed, **settings) for mixed in (True, False)]
+    for trainer in trainers:
+        trainer.train()
+    assert expected in toys.reason(caplog)
+    toys.same_run(*trainers)
+    return trainers[0]
 
 
 class TestSFT:
@@ -305,11 +315,8 @@ class TestSFT:
             assert batch["input_ids"].shape == (4, 32)
             assert len(batch[WEIGHTS]) == 4
 
-    def test_batches_without_padding_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="one row of 16 examples"):
-            sft(tmp_path, padding_free=True, max_length=None).train()
-        trainer = sft(tmp_path, padding_free=True, max_length=None, importance_sampling=False)
-        trainer.train()
+    def test_batches_without_padding_are_trained_on_as_they_are(self, tmp_path, caplog):
+        trainer = check_off(tmp_path, caplog, "one row of 16 examples", padding_free=True, max_length=None)
         assert {len(batch["input_ids"]) for batch in trainer.trained} == {1}
 
     def test_weights_of_one_give_its_own_loss(self, tmp_path):
@@ -330,16 +337,29 @@ class TestSFT:
     def test_its_metrics_in_importance_steps(self, tmp_path):
         trainer = sft(tmp_path)
         trainer.train()
-        # SFTTrainer measures these within its own loss, which importance steps do not call. Those of step 1 stand in
-        # the first entry after it: that of the switch.
+        # SFTTrainer measures these within its own loss, which importance steps do not call.
         measured = [entry for entry in trainer.state.log_history if "entropy" in entry]
         assert [entry["step"] for entry in measured] == [1]
-        assert measured[0]["importance/active"] == 1
+        assert measured[0]["importance/active"] == 1 and "loss" in measured[0]
         assert measured[0]["num_tokens"] == int(trainer.trained[0]["attention_mask"].sum())
 
-    def test_another_loss_than_the_mean_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="losses of its examples"):
-            sft(tmp_path, loss_type="dft").train()
+    def test_another_loss_than_the_mean_is_its_own(self, tmp_path, caplog):
+        check_off(tmp_path, caplog, "losses of its examples", loss_type="dft")
+
+    def test_a_loss_of_the_users_own_is_not_taken_for_its_own(self, tmp_path, caplog):
+        class Own:
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs)
+
+        check_off(tmp_path, caplog, "no function of the logits", own=Own)
+
+    def test_importance_steps_are_held_against_its_loss_too(self, tmp_path, caplog):
+        trainer = sft(tmp_path, max_steps=18, logging_steps=1)
+        trainer.train()
+        assert [entry["importance/active_share"] for entry in losses(trainer)] == [0, *[1] * 17]
+        # One of 16 of them has a forward pass of its own loss, in which these are measured.
+        assert [entry["step"] for entry in trainer.state.log_history if "entropy" in entry] == [1, 17]
+        assert not any(record.getMessage().startswith(toys.OFF) for record in caplog.records)
 
     def test_with_adapters(self, tmp_path):
         model = adapted_llama()

@@ -95,15 +95,18 @@ def test_the_log_of_a_plain_trainer_gives_its_loss(trainer):
 
 
 def test_off_again_is_marked_and_not_shaded():
-    def entry(step, tau, active, **more):
-        own = {"importance/tau": tau, "importance/active": active, "importance/switches": 2}
-        return {"step": step, **own, **more}
+    def entry(step, tau, active, switches, at=None):
+        own = {"tau": tau, "tau_threshold": 2.0, "active": active, "switches": switches}
+        own |= {f"examples_{name}": 1 for name in ("scored", "trained", "saved")}
+        own |= {} if at is None else {"switched_at": at}
+        return {"step": step, "loss": 1.0, **{f"importance/{name}": value for name, value in own.items()}}
 
-    counts = {f"importance/examples_{name}": 1 for name in ("scored", "trained", "saved")}
-    log = [entry(3, 2.1, 1.0), entry(7, 1.9, 0.0), entry(10, 1.8, 0.0, loss=1.0, **counts)]
-    log[-1]["importance/tau_threshold"] = 2.0
+    # A training log says at which step it last switched; in between it draws otherwise, which is no switch on or off.
+    log = [entry(2, 2.0, 0.0, 0), entry(4, 2.2, 1.0, 1, 3), entry(6, 2.1, 1.0, 2, 5), entry(8, 1.7, 0.0, 3, 7)]
+    log.append(entry(10, 1.8, 0.0, 3, 7))
     tau = plot_training(log).axes[1]
-    assert drawn(tau)["goes on"] == [(3, 2.1)] and drawn(tau)["goes off"] == [(7, 1.9)]
+    assert drawn(tau)["goes on"] == [(3, pytest.approx(2.1))]
+    assert drawn(tau)["goes off"] == [(7, pytest.approx(1.9))]
     assert [(p.get_x(), p.get_width()) for p in tau.patches if p.get_alpha()] == [(3, 4)]
     assert tau.get_lines()[0].get_color() == VERMILLION
 

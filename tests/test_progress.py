@@ -21,8 +21,18 @@ def shown(tmp_path, digits, **overrides):
     return trainer, terminal.getvalue()
 
 
-def test_the_bar_shows_tau_its_threshold_and_the_switch(tmp_path, digits, monkeypatch):
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")  # draw every step
+@pytest.fixture
+def every_step_drawn(monkeypatch):
+    own = StatusProgressCallback.on_step_end
+
+    def draw(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        self.training_bar.refresh()
+
+    monkeypatch.setattr(StatusProgressCallback, "on_step_end", draw)
+
+
+def test_the_bar_shows_tau_its_threshold_and_the_switch(tmp_path, digits, every_step_drawn):
     _, terminal = shown(tmp_path, digits, tau_threshold=1.5, momentum=0.9)
     states = re.findall(r"τ ([\d.]+) ([<>]) 1\.50: (on|off)", terminal)
     assert states and {(sign, state) for _, sign, state in states} == {("<", "off")}
@@ -117,8 +127,7 @@ def test_switched_off_by_the_argument_the_metrics_are_the_trainers(tmp_path, dig
     assert ours.train().metrics.keys() == plain.train().metrics.keys()
 
 
-def test_with_memory_the_bar_shows_its_gain(tmp_path, monkeypatch):
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+def test_with_memory_the_bar_shows_its_gain(tmp_path, every_step_drawn):
     args = toys.arguments(tmp_path, importance_method="history", max_steps=64, disable_tqdm=False)
     uneven = lambda outputs, labels: 1.0 + 9.0 * (labels == 0).float()  # noqa: E731
     with redirect_stderr(io.StringIO()) as terminal:

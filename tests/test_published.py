@@ -8,7 +8,7 @@ import torch
 import toys
 
 from hf_importance import ImportanceTrainer
-from hf_importance.batches.entries import INDEX
+from hf_importance.batches.entries import INDEX, WEIGHTS
 from hf_importance.batches.random import key_to_seed
 from hf_importance.samplers.published import (
     InfoBatch,
@@ -145,12 +145,12 @@ def test_rho_loss_keeps_the_largest_reducible_losses():
 class Look(ImportanceTrainer):
     """Keeps what each micro-batch is trained on: examples, weights, optimizer step."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            given = inputs.get("importance_weights")
-            row = (inputs[INDEX].tolist(), None if given is None else given.clone(), self.state.global_step)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in toys.handed(self, batches):
+            row = (batch[INDEX].tolist(), batch.get(WEIGHTS), self.state.global_step)
             self.__dict__.setdefault("trained", []).append(row)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return batches, items
 
 
 def build(tmp_path, sampler, data=None, dropout=0.0, score=None, **overrides):

@@ -23,7 +23,16 @@ NAME = ImportanceStateCallback.__name__
 VALID = {
     "version": VERSION,
     "step": 5,
-    "run": {"tau": 1.5, "switches": 1, "steps_on": 4, "drawn": True, "items": 80.0, "examples": 80.0},
+    "run": {
+        "tau": 1.5,
+        "switches": 1,
+        "switched": 1,
+        "steps_on": 4,
+        "drawn": True,
+        "items": 80.0,
+        "examples": 80.0,
+        "proven": True,
+    },
     "totals": {
         "examples_scored": 0,
         "examples_trained": 80,
@@ -147,6 +156,8 @@ def test_any_bytes_in_place_of_the_file_are_taken_up_or_refused(tmp_path, conten
         (("run", "tau"), float("nan"), r"run.tau must be a number from 0.999999 to 1e\+09, but it is nan"),
         (("run", "tau"), 1e308, r"run.tau must be a number"),
         (("run", "drawn"), 1, r"run.drawn must be true or false, but it is 1"),
+        (("run", "proven"), 0, r"run.proven must be true or false, but it is 0"),
+        (("run", "switched"), -1, r"run.switched must be an integer from 0"),
         (("run", "switches"), -1, r"run.switches must be an integer from 0"),
         (("feed", "reserve"), 1.0, r"feed.reserve must be an integer .* but it is 1.0"),
         (("feed", "reserve"), 10**400, r"but it is an integer of about 401 digits"),

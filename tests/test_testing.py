@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_importance import Pool, Sampler
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.run.run import Run
 from hf_importance.samplers.published import InfoBatch, SelectiveBackprop
 from hf_importance.testing import SamplerLaws

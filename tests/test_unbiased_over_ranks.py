@@ -17,10 +17,10 @@ from hf_importance.batches.pool import Padding
 from hf_importance.heads.choose import head_of
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.scorer import Scorer
+from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
 from hf_importance.run.pools import Pools
-from hf_importance.run.ranks import Ranks
 from hf_importance.run.step import Step
 from hf_importance.theory import sampling
 
@@ -81,26 +81,28 @@ class Rank:
             RANKS,
             averaged=RANKS,
             multiplied=RANKS,
-            checking=True,
+            repairs=True,
+            sharded=False,
         )
         sampler = Presample(ratio=3.0, threshold=2.0, resampling=method)
         known = facts(
             None, batch_size=BATCH, step=lambda: 1, generator=lambda *key: torch.Generator().manual_seed(sum(key))
         )
         sampler.begin(known)
-        reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None)
+        reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None, by_length=lambda rest: rest)
         reserve.rest_of = lambda planned, iterator: self.parts[1:]
         clock, report = Clock(torch.device("cpu"), self.ranks), Report(lambda values: values)
         scorer = Scorer(lambda: model, self.objective.head)
         ours = (self.objective, reserve, self.ranks, clock, known, report)
-        self.pools = Pools(sampler, scorer, *ours, prepare=lambda batch: batch, waits_in_passes=False)
+        self.pools = Pools(sampler, scorer, *ours, prepare=lambda batch: batch, prepares=False, waits_in_passes=False)
 
     def step(self, totals=None):
         """Give the gradient of one importance step; the sums over ranks are ``totals``, its own where None."""
         self.ranks.totals, self.ranks.sent = totals, []
         step = Step(1, "pool", drawn=True)
         (batch,), _ = self.pools.score_and_keep(step, Pool(3 * BATCH, self.kept), [self.parts[0]], iter(()))
-        loss, _ = self.objective.loss(None, self.model.train(), batch, True, None)
+        assert step.problem is None
+        loss, _, _ = self.objective.loss(None, self.model.train(), batch, None, True, None)
         return gradient(loss, self.model)
 
 

@@ -1,6 +1,8 @@
 """Tiny real models and the pieces of a run that the trainer tests share."""
 
+import logging
 import random
+import re
 import time
 
 import numpy as np
@@ -23,7 +25,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_importance import ImportanceTrainingArguments
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.batches.entries import INDEX, WEIGHTS
 from hf_importance.objective.scorer import Scorer
 
 
@@ -170,6 +173,53 @@ def own(entry: dict) -> dict:
 def score_pool(model, pool, head, score="upper_bound", size=None, **settings) -> torch.Tensor:
     """Score a pool with a scorer of its own."""
     return Scorer(lambda: model, head, score, **settings)(pool, size)
+
+
+def given(trainer: Trainer) -> dict:
+    """What ours belongs to the micro-batch that a training step is about to train on; the batch itself is without."""
+    step = None if trainer._run is None else trainer._run.step
+    return {} if step is None or step.begun >= len(step.micro) else _named(*step.micro[step.begun])
+
+
+def handed(trainer: Trainer, batches: list) -> list[dict]:
+    """The micro-batches of an optimizer step that ``get_batch_samples`` has just given, each with what ours it has."""
+    step = None if trainer._run is None else trainer._run.step
+    ours = step.micro if step is not None and step.micro else [(None, None)] * len(batches)
+    return [{**batch, **_named(*one)} for batch, one in zip(batches, ours, strict=True)]
+
+
+def _named(weights, index) -> dict:
+    found = {WEIGHTS: weights, INDEX: index}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: "
+
+
+def reason(caplog) -> str:
+    """Why importance sampling is off: of the one warning that says so."""
+    said = [record for record in caplog.records if record.getMessage().startswith(OFF)]
+    assert [record.levelno for record in said] == [logging.WARNING]
+    assert not said[0].getMessage().endswith("..")
+    return said[0].getMessage().removeprefix(OFF)
+
+
+def check_off(caplog, expected: str, make_model, args, dataset, **kwargs) -> Trainer:
+    """Train; it is the plain Trainer's run to the last bit, and one warning gives the expected reason."""
+    ours = run(ImportanceTrainer, make_model(), args, dataset, **kwargs)
+    found = reason(caplog)
+    assert re.search(expected, found), found
+    same_run(ours, run(Trainer, make_model(), args, dataset, **kwargs))
+    return ours
+
+
+def same_run(ours: Trainer, plain: Trainer) -> None:
+    """Parameters and losses are the same to the last bit, NaN too."""
+    for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    entries = [[own(entry) for entry in each.state.log_history if "loss" in entry] for each in (ours, plain)]
+    assert repr(entries[0]) == repr(entries[1])
+    assert ours.loss_is_scaled_for_ga is plain.loss_is_scaled_for_ga
 
 
 def leave_processes() -> None:

@@ -11,6 +11,10 @@ from torch import Tensor
 WEIGHTS = "importance_weights"  # a batch entry, shape (b,): what each example's loss is multiplied by
 INDEX = "importance_index"  # a batch entry, int64, shape (b,): which examples of the training set it holds
 IGNORED_LABEL = -100  # the label that losses of transformers leave out
+# Entries of a batch of text that have one column a token.
+TOKEN_ENTRIES = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels", "shift_labels"}
+)
 
 
 def batch_size_of(batch: Any) -> int:

@@ -6,6 +6,7 @@ the trainer, workers several.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,14 +18,25 @@ from hf_importance.batches.reading import fetch
 
 
 class Visit(NamedTuple):
-    """An example with its index. No dict, so that nothing takes it for one with columns to remove."""
+    """An example with its index."""
 
     index: int
     example: Any
 
 
+class NamedVisit(UserDict[str, Any]):
+    """The same, of entries that have names: a collator of the user's own, which knows of no index, finds its example.
+
+    It is no ``dict``, so that nothing takes it for one with columns to remove.
+    """
+
+    def __init__(self, index: int, example: Mapping[str, Any]) -> None:
+        super().__init__(example)
+        self.index, self.example = index, example
+
+
 class IndexedDataset(Dataset):
-    """A map-style dataset whose examples carry their index.
+    """A map-style dataset whose examples carry their index where a loader asks for several.
 
     Args:
         dataset: Has ``__len__`` and ``__getitem__``.
@@ -37,13 +49,20 @@ class IndexedDataset(Dataset):
         """Give the number of examples."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Visit:
-        """Give one example."""
-        return Visit(index, self.dataset[index])
+    def __getitem__(self, index: Any) -> Any:
+        """Give what the dataset gives: a user's own sampler may go through its examples, or read a column."""
+        return self.dataset[index]
 
-    def __getitems__(self, indices: list[int]) -> list[Visit]:
+    def __getattr__(self, name: str) -> Any:
+        """Give what else the dataset has."""
+        if name == "dataset":  # not made yet, as while it is unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitems__(self, indices: list[int]) -> list[Visit | NamedVisit]:
         """Give several examples, by the batched access of the dataset where it has one."""
-        return [Visit(i, example) for i, example in zip(indices, fetch(self.dataset, indices), strict=True)]
+        found = zip(indices, fetch(self.dataset, indices), strict=True)
+        return [(NamedVisit if isinstance(example, Mapping) else Visit)(i, example) for i, example in found]
 
 
 class IndexedCollator:
@@ -56,17 +75,9 @@ class IndexedCollator:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, visits: list[Visit]) -> dict[str, Any]:
-        """Collate.
-
-        Raises:
-            ValueError: The batch is no dict.
-        """
+    def __call__(self, visits: list[Visit | NamedVisit]) -> Any:
+        """Collate; a batch that is no dict has no place for them, and stays as it is."""
         batch = self.collate([visit.example for visit in visits])
         if not isinstance(batch, Mapping):
-            raise ValueError(
-                "Whatever remembers scores puts the examples' indices into the batch, so the data_collator must "
-                f"give a dict, but it gives {type(batch).__name__}. Let it give one, or use "
-                "importance_method='presample'."
-            )
+            return batch
         return {**batch, INDEX: torch.tensor([visit.index for visit in visits])}

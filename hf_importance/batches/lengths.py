@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, batch_size_of
+from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, batch_size_of
 from hf_importance.batches.pool import Padding, merge_rows
 from hf_importance.batches.reserve import split_evenly
-
-# Entries of a batch of text that have one column a token.
-TOKEN_ENTRIES = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels", "shift_labels"}
-)
 
 
 def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[Any] | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, WEIGHTS, batch_size_of
+from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, WEIGHTS, batch_size_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,54 @@ def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
             widths += [target - size, 0] if side == "left" else [0, target - size]
         padded.append(F.pad(tensor, widths, value=value))
     return padded
+
+
+# Entries whose padding is known, so that rows of different lengths can be brought together.
+PADDED = frozenset({*TOKEN_ENTRIES, "decoder_input_ids", "decoder_attention_mask", "pixel_mask", "token_labels"})
+
+
+def not_rows(batches: Sequence[Any], sizes: Sequence[int]) -> str | None:
+    """Say what of some batches is not one row an example, so that examples cannot be taken from it; or None.
+
+    Args:
+        batches: Dicts, of so many examples each.
+        sizes: How many.
+    """
+    found = _entry_not_rows(batches, sizes)
+    if found is None:
+        return None
+    name, problem = found
+    return f"the batch entry {name!r} {problem}, so it is not known which of it belongs to which example"
+
+
+def _entry_not_rows(batches: Sequence[Any], sizes: Sequence[int]) -> tuple[str, str] | None:
+    for name in batches[0]:
+        problem = _not_rows(name, [batch.get(name) for batch in batches], sizes)
+        if problem is not None:
+            return name, problem
+    return None
+
+
+def _not_rows(name: str, values: Sequence[Any], sizes: Sequence[int]) -> str | None:
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        return "is not in every batch, or not of one type"
+    if isinstance(first, Mapping):
+        found = _entry_not_rows(values, sizes)
+        return None if found is None else f"holds {found[0]!r}, which {found[1]}"
+    if (isinstance(first, Tensor) and first.dim() > 0) or isinstance(first, list | tuple):
+        pairs = list(zip(values, sizes, strict=True))
+        if any(isinstance(entry, Tensor) for entry in first) and not isinstance(first, Tensor):
+            return next(filter(None, (_not_rows(name, parts, sizes) for parts in zip(*values, strict=True))), None)
+        wrong = next(((len(value), size) for value, size in pairs if len(value) != size), None)
+        if wrong is not None:
+            return f"has {wrong[0]} rows for {wrong[1]} examples"
+        if isinstance(first, Tensor) and any(value.shape[1:] != first.shape[1:] for value in values):
+            additive = "mask" in name and first.is_floating_point()
+            return "has rows of different shapes" if name not in PADDED or additive else None
+        return None
+    same = all(bool((value == first).all()) if isinstance(value, Tensor) else value == first for value in values)
+    return None if same else "is one for the whole batch, and differs from batch to batch"
 
 
 class PooledBatches:

@@ -17,6 +17,11 @@ def fetch(dataset: Any, indices: list[int]) -> list[Any]:
     return [dataset[index] for index in indices]
 
 
+def _as_it_is(batch: Any) -> Any:
+    """Give a batch as the collator has made it: torch's own way would make lists of tuples and tensors of arrays."""
+    return batch
+
+
 def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], batches_ahead: int = 1) -> DataLoader:
     """Give a loader of ready batches with the workers, the pinning and the prefetching of another.
 
@@ -32,10 +37,12 @@ def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], ba
         batches,
         sampler=positions,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=like.num_workers,
         # torch warns where there is nothing to copy to.
         pin_memory=like.pin_memory and torch.accelerator.is_available(),
         multiprocessing_context=like.multiprocessing_context,
+        worker_init_fn=like.worker_init_fn,
         # The loader draws its workers' base seed from this one instead of the global one.
         generator=torch.Generator().manual_seed(0),
         **workers,

@@ -1,4 +1,4 @@
-"""Where the rest of a pool comes from: an endless reserve of uniformly drawn examples.
+"""Where the rest of a pool comes from: an endless reserve of examples, drawn as the Trainer's loader draws them.
 
 A reserve batch is a pure function of ``(seed, rank, position)``: which examples it holds, and every random number
 that the dataset and the collator draw for it. So workers may prefetch, a resumed run needs only the position, and the
@@ -9,13 +9,94 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.reading import fetch, loader_like
+
+
+@dataclass(frozen=True)
+class Population:
+    """Examples that may be drawn, and how often.
+
+    Attributes:
+        examples: How many the dataset has.
+        subset: Which of them, int64; None: all.
+        probabilities: Of each of these, summing to 1; None: all alike.
+        replacement: Whether one may come twice among examples that are drawn together.
+    """
+
+    examples: int
+    subset: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    replacement: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every example of the dataset is drawn as often as any other."""
+        return self.subset is None and self.probabilities is None
+
+    def __len__(self) -> int:
+        """Give how many examples may be drawn."""
+        return self.examples if self.subset is None else len(self.subset)
+
+    def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
+        """Draw examples together; int64, shape ``(size,)``."""
+        found = generator.choice(len(self), size, replace=self.replacement, p=self.probabilities)
+        return found if self.subset is None else self.subset[found]
+
+
+def population_of(loader: DataLoader) -> Population | str:
+    """Say what a map-style loader draws from, or why nobody can.
+
+    Args:
+        loader: The Trainer's, or the user's own.
+    """
+    sampler, examples = _sampler_of(loader), len(loader.dataset)  # pyrefly: ignore[bad-argument-type]
+    kind = type(sampler)
+    if kind is WeightedRandomSampler and not sampler.replacement:
+        return (
+            "the loader's WeightedRandomSampler has replacement=False, so how often it draws an example depends on "
+            "how many it draws in all. Pass replacement=True"
+        )
+    if kind is WeightedRandomSampler:
+        weights = sampler.weights.double().numpy()
+        return Population(examples, None, weights / weights.sum(), replacement=True)
+    if kind is SubsetRandomSampler:
+        return Population(examples, np.asarray(sampler.indices))
+    if kind in (RandomSampler, SeedableRandomSampler):
+        drawn = len(sampler.data_source)
+        return Population(examples, None if drawn == examples else np.arange(drawn))
+    if kind.__module__.startswith("transformers."):  # the Trainer's own ways to group by length: all, in some order
+        return Population(examples)
+    if kind is SequentialSampler:
+        return "the loader reads the examples in an order, which others drawn in between would break"
+    return (
+        f"the loader's {kind.__name__} may give an order, or some examples more often than others, and nobody can "
+        "tell which. Known are torch's RandomSampler, SubsetRandomSampler and WeightedRandomSampler"
+    )
+
+
+def _sampler_of(loader: DataLoader) -> Sampler | Any:
+    """Give the sampler behind what accelerate wraps around it."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return batches.sampler if type(batches) is BatchSampler else batches
 
 
 def reserve_unit(batch_size: int) -> int:
@@ -58,10 +139,20 @@ class ReserveDataset(Dataset):
         sizes: Batch sizes, repeated for ever.
         seed: With ``rank``, what the draws are keyed by.
         rank: Index of this process.
+        population: What is drawn from, with at least as many examples; None: all of the dataset, alike.
     """
 
-    def __init__(self, dataset: Any, collate: Any, sizes: Sequence[int], seed: int, rank: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Any,
+        sizes: Sequence[int],
+        seed: int,
+        rank: int,
+        population: Population | None = None,
+    ) -> None:
         self.dataset = dataset
+        self.population = population or Population(len(dataset))
         self.collate = collate
         self.sizes = list(sizes)
         self.seed = seed
@@ -71,7 +162,7 @@ class ReserveDataset(Dataset):
         """Give the examples of the batch at ``position``."""
         pool, part = divmod(position, len(self.sizes))
         generator = np.random.default_rng(key_to_seed(self.seed, self.rank, pool))
-        drawn = generator.choice(len(self.dataset), sum(self.sizes), replace=False)
+        drawn = self.population.draw(sum(self.sizes), generator)
         start = sum(self.sizes[:part])
         return drawn[start : start + self.sizes[part]].tolist()
 

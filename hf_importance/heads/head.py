@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, WEIGHTS
+from hf_importance.batches.entries import IGNORED_LABEL, INDEX, WEIGHTS
 
 
 class Head:
@@ -16,10 +16,14 @@ class Head:
     Attributes:
         label_names: Entries of a batch that the loss is computed from.
         ignored_label: The label that the loss leaves out.
+        computes: Whether this, not the model, says what the loss is.
+        cheap: Whether its losses take a few calls, not some for each example.
     """
 
     label_names: tuple[str, ...] = ("labels",)
     ignored_label: int = IGNORED_LABEL
+    computes: bool = False
+    cheap: bool = True
 
     def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the loss of each example, summed over its items: float32, shape ``(b,)``, differentiable."""
@@ -28,6 +32,18 @@ class Head:
     def upper_bound(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the norm of each loss's gradient with respect to the logits: float32, shape ``(b,)``, no graph."""
         raise NotImplementedError
+
+    def logits(self, outputs: Any) -> list[Tensor]:
+        """Give the outputs of the last layer that the loss is a function of, with their graph."""
+        return [logits_of(outputs)]
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """Give a gradient at the logits by what the loss is a sum over, shape ``(rows, ...)`` flattened to two."""
+        return gradient.flatten(1)
+
+    def row_norms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Give the length of each of these rows in closed form, float64, shape ``(rows,)``; None: there is none."""
+        return None
 
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count what the mean of the loss is taken over: a scalar on the device of the labels."""
@@ -50,7 +66,8 @@ class Head:
         missing = [name for name in self.label_names if inputs.get(name) is None]
         if missing:
             raise ValueError(
-                f"A batch of train_dataset has no {' and no '.join(map(repr, missing))}, only {sorted(inputs)}. "
+                f"A batch of train_dataset has no {' and no '.join(map(repr, missing))}, only "
+                f"{sorted(inputs.keys() - {INDEX})}. "
                 "Importance sampling scores each example by its loss: give the dataset that column (for labels, "
                 "'label' or 'labels') or a data_collator that makes it, or pass importance_sampling=False."
             )

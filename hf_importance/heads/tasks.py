@@ -114,6 +114,17 @@ class TokenHead(Head):
         logits = logits_of(outputs)
         return self.aggregate(scores.token_norms(logits, self.targets(inputs, logits.shape[1]), self.label_smoothing))
 
+    def rows(self, gradient: Tensor) -> Tensor:
+        """Give a gradient at the logits by tokens; see :class:`Head`."""
+        return gradient.flatten(0, -2)
+
+    def row_norms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Give the length of each token's gradient; see :class:`Head`."""
+        logits = logits_of(outputs)
+        return (
+            scores.token_norms(logits, self.targets(inputs, logits.shape[1]), self.label_smoothing).double().flatten()
+        )
+
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count the tokens that are predicted and not ignored; see :class:`Head`."""
         return (self.targets(inputs) != IGNORED_LABEL).sum()
@@ -180,6 +191,10 @@ class QuestionAnsweringHead(Head):
             logits = logits_of(outputs, f"{part}_logits", position)
             parts.append((logits, _within(self.labels(inputs)[f"{part}_positions"], logits.shape[1])))
         return parts
+
+    def logits(self, outputs: Any) -> list[Tensor]:
+        """Give those of starts and of ends; see :class:`Head`."""
+        return [logits_of(outputs, f"{part}_logits", position) for position, part in enumerate(("start", "end"))]
 
     def losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Give the loss of each example; see :class:`Head`."""

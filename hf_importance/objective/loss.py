@@ -10,12 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from hf_importance.batches.entries import WEIGHTS
+from hf_importance.batches.entries import WEIGHTS, batch_size_of
+from hf_importance.batches.random import isolated_rng
 from hf_importance.heads.head import Head
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
+from hf_importance.objective.proof import COARSE, Evidence, compare, compare_values
 from hf_importance.objective.scale import LossScale
+from hf_importance.objective.scorer import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +41,15 @@ class Objective:
         ranks: Number of processes.
         averaged: Number of those that an item count of ours spans.
         multiplied: Number by which ``Trainer`` multiplies a loss that is given the count.
-        checking: Whether the head is compared with the model's own loss.
+        repairs: Whether a mean over the micro-batch may be brought to one over the step; not where the user's own
+            code computes or scales the loss.
+        sharded: Whether parameters are whole only inside the wrapped model's forward.
+        fused: Whether the loss is that of a trainer that is known to compute it without making logits.
 
     Attributes:
         step_items: Items of the optimizer step in progress, over all ranks; None where each micro-batch is a step of
             its own.
+        scaled: Whether the last loss was brought to a mean over the step.
     """
 
     def __init__(
@@ -54,23 +62,23 @@ class Objective:
         ranks: int,
         averaged: int,
         multiplied: int,
-        checking: bool,
+        repairs: bool,
+        sharded: bool,
+        fused: bool = False,
     ) -> None:
         self.head = head
         self.scale = None if head is None else LossScale(head, shifts_labels)
         self.step_items: Tensor | float | None = None
-        self.ranks, self.averaged = ranks, averaged
-        self._takes_items, self._multiplied, self._checking = takes_items, multiplied, checking
+        self.scaled = False
+        self.ranks, self.averaged, self.repairs = ranks, averaged, repairs
+        self._takes_items, self._multiplied = takes_items, multiplied
+        self._sharded, self.fused = sharded, fused
         self._layers = batch_norm_layers(model)
         self._frozen = batch_norm == "frozen"
-        if self._layers and (checking or self._frozen):
-            logger.info(
-                "%s has %d BatchNorm layers: batch_norm=%r, %s.",
-                type(model).__name__,
-                len(self._layers),
-                batch_norm,
-                _BATCH_NORM_MEANING[batch_norm],
-            )
+        if self._layers:
+            meaning = _BATCH_NORM_MEANING[batch_norm]
+            kind = type(model).__name__
+            logger.info("%s has %d BatchNorm layers: batch_norm=%r, %s.", kind, len(self._layers), batch_norm, meaning)
 
     @property
     def fewest(self) -> int:
@@ -80,12 +88,13 @@ class Objective:
     # ---- Items ----
 
     def count(self, batches: list) -> None:
-        """Count the items of a step on this rank, where its loss will be brought to their mean."""
+        """Count the items of a step on this rank, where its loss will be brought to their mean.
+
+        Raises:
+            ValueError: Labels are missing.
+        """
         self.step_items = None
         if self.head is None or self.scale is None or not batches:
-            return
-        if not self._checking and any(name not in batches[0] for name in self.head.label_names):
-            self.leave_to_trainer()
             return
         self.head.labels(batches[0])
         # On several ranks always: they may learn the scale at different steps, and must all take part in the sum.
@@ -93,7 +102,38 @@ class Objective:
         if self.ranks > 1 or several:
             self.step_items = torch.stack([self.scale.items(batch) for batch in batches]).sum()
 
+    def rows_in(self, batch: Any) -> int:
+        """Give the examples in a batch: as many as it has labels, for its first entry may be anything."""
+        names = () if self.head is None else self.head.label_names
+        labels = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
+        return batch_size_of(batch) if labels is None or labels.dim() == 0 else len(labels)
+
+    def count_where_repaired(self, batches: list) -> None:
+        """Without a run: count the items of a step whose scale the Trainer leaves wrong, and of no other."""
+        self.step_items = None
+        try:
+            if self.repairs or (self.head is not None and self.head.computes):
+                self.count(batches)
+        except (ValueError, TypeError, AttributeError, KeyError):  # no labels, or none as the head knows them
+            self.leave_to_trainer()
+
     # ---- Loss ----
+
+    def applies(self, training: bool, batch: Any) -> bool:
+        """Whether, without a run, the loss of a batch is anything but the Trainer's own business."""
+        self.scaled = False
+        if self.head is None:
+            return False
+        return self.head.computes or WEIGHTS in batch or (training and self.step_items is not None)
+
+    def loss_without_run(
+        self, own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], wanted: bool, num_items: Any
+    ) -> tuple[Tensor, Any]:
+        """Give the loss of a micro-batch and the outputs, as the Trainer does where the head knows no better."""
+        loss, outputs, problem = self.loss(own, model, batch, None, wanted, num_items)
+        if isinstance(problem, str):
+            self.leave_to_trainer()
+        return loss, outputs
 
     def hold_batch_norm(self, training: bool) -> None:
         """Let BatchNorm normalise in this forward pass as the policy says."""
@@ -101,72 +141,146 @@ class Objective:
             for layer in self._layers:
                 layer.eval()  # until the next training_step calls model.train()
 
-    def applies(self, training: bool, batch: dict[str, Any]) -> bool:
-        """Whether the loss of a batch is anything but the Trainer's own business."""
-        return self.head is not None and (training or WEIGHTS in batch)
-
     def loss(
         self,
-        own: Callable[[dict[str, Any], bool], Any],
+        own: Callable[[nn.Module, dict[str, Any], bool], Any],
         model: nn.Module,
         batch: dict[str, Any],
+        weights: Tensor | None,
         wanted: bool,
         num_items: Tensor | int | None,
-    ) -> tuple[Tensor, Any]:
-        """Give the loss of a micro-batch, and the model's outputs.
+        prove: bool = False,
+    ) -> tuple[Tensor, Any, Evidence | str | None]:
+        """Give the loss of a micro-batch, the model's outputs, and evidence that the head is right, or what is wrong.
 
         Args:
-            own: The Trainer's ``compute_loss(inputs, return_outputs)``.
+            own: The Trainer's ``compute_loss(model, inputs, return_outputs)``.
             model: What is called.
-            batch: The micro-batch, with its weights, if any.
+            batch: The micro-batch; a weight that it brings for each example counts.
+            weights: Importance weights, shape ``(b,)``; None: all 1, and the loss is the Trainer's own.
             wanted: Whether somebody reads the outputs: some trainers pay for theirs with one more forward pass.
             num_items: ``num_items_in_batch``.
+            prove: Whether evidence is asked for.
         """
-        if WEIGHTS in batch:
-            return self._weighted(model, batch)
-        wanted = wanted or self._learns_scale()
-        found = own(dict(batch), wanted)  # the Trainer takes the labels out for label smoothing
-        loss, outputs = found if wanted else (found, None)
-        return self._normalised(loss, outputs, batch, num_items), outputs
+        assert self.head is not None
+        self.scaled = False
+        computes = self.head.computes
+        if weights is None and WEIGHTS not in batch and not computes:
+            found = own(model, dict(batch), wanted or prove or self._learns_scale(model))
+            loss, outputs = found if isinstance(found, tuple) else (found, None)
+            try:
+                evidence = self._evidence(own, model, batch, loss, outputs, num_items) if prove else None
+                return self._normalised(loss, outputs, batch, num_items, model), outputs, evidence
+            except Exception as error:  # what a model, a loss or a batch is never stops a run: it is said once
+                if should_reduce_batch_size(error):  # out of memory, which auto_find_batch_size waits for
+                    raise
+                return loss, outputs, f"{error}"
+        evidence: Evidence | str | None = None
+        outputs: Any = None
+        if prove and not computes:
+            # One forward pass gives both losses; only the weighted one is descended.
+            plain, outputs = own(model, {name: v for name, v in batch.items() if name != WEIGHTS}, True)
+            try:
+                evidence = self._evidence(own, model, batch, plain, outputs, num_items)
+            except ValueError as error:
+                evidence = f"{error}"
+        if not prove or computes or self._without_graph(outputs):
+            outputs = model(**self.head.model_inputs(batch))
+        given = batch.get(WEIGHTS)
+        weights = given if weights is None else weights if given is None else weights * given
+        loss = self._weighted(model, batch, outputs, weights)
+        if prove and computes:
+            try:
+                evidence = self._apart(outputs, batch)
+            except (ValueError, RuntimeError) as error:
+                evidence = f"{error}"
+        return loss, outputs, evidence
 
-    def _learns_scale(self) -> bool:
-        """Say whether this model's loss is still to be checked, or its scale needed and not known."""
+    def _learns_scale(self, model: nn.Module) -> bool:
+        """Say whether this model's loss is needed at a scale that is not known."""
         assert self.scale is not None
-        unknown = self.step_items is not None and self.scale.over_step is None
-        return unknown or (self._checking and not self.scale.checked)
+        return model.training and self.step_items is not None and self.scale.over_step is None
 
-    def _weighted(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _weighted(self, model: nn.Module, batch: dict[str, Any], outputs: Any, weights: Tensor | None) -> Tensor:
         assert self.head is not None and self.scale is not None
-        outputs = model(**self.head.model_inputs(batch))
-        total = (batch[WEIGHTS] * self.head.losses(outputs, batch)).sum()
+        losses = self.head.losses(outputs, batch)
+        total = losses.sum() if weights is None else (weights * losses).sum()
         auxiliary = self.head.auxiliary(outputs)
         if not (model.training and self.step_items is not None):
             loss = total / self.head.items(batch)
-            return (loss if auxiliary is None else loss + auxiliary), outputs
+            return loss if auxiliary is None else loss + auxiliary
+        self.scaled = True
         loss = total / self.step_items * self.averaged
         if auxiliary is not None:
             # As often as the uniform step adds it, so that switching does not change its weight.
             loss = loss + self.scale.rescale(auxiliary * self.averaged, batch, self.step_items, ranks=1)
-        return loss, outputs
+        return loss
 
-    def _normalised(self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+    def _normalised(
+        self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Tensor | int | None, model: nn.Module
+    ) -> Tensor:
         """Bring the model's own loss of a micro-batch to a mean over the step."""
         assert self.scale is not None
-        takes_items = num_items is not None and self._takes_items
-        # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
-        multiplied = self._multiplied if takes_items else 1
-        if self._learns_scale():
-            try:
-                self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes_items else None)
-            except ValueError:
-                if self._checking:
-                    raise
-                self.leave_to_trainer()
-                return loss
-        if self.step_items is None:
+        if not model.training or self.step_items is None:
             return loss
+        # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
+        takes_items = num_items is not None and self._takes_items
+        multiplied = self._multiplied if takes_items else 1
+        if self.scale.over_step is None:
+            self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes_items else None)
+        if not self.scale.over_step and not self.repairs:
+            raise ValueError(
+                "this loss is a mean over each micro-batch, and how it is brought to one over the optimizer step is "
+                "left to your own code"
+            )
+        self.scaled = not self.scale.over_step
         return self.scale.rescale(loss, batch, self.step_items, self.averaged / multiplied)
 
+    def _evidence(
+        self, own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], loss: Tensor, outputs: Any, items: Any
+    ) -> Evidence | None:
+        """Compare a loss that the Trainer, the model or the user computed with what the head says."""
+        assert self.head is not None and self.scale is not None
+        if self.fused and self._without_graph(outputs):
+            return compare_values(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
+        found = compare(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
+        if found is None and not self._sharded and not self._without_graph(outputs):
+            # A compiled model gives a loss that is no function of its logits: look at the model itself, apart.
+            eager = getattr(model, "_orig_mod", getattr(model, "module", model))
+            with isolated_rng(0), evaluation_mode(eager), torch.enable_grad():
+                loss, outputs = own(eager, dict(batch), True)
+                found = compare(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
+        if found is None:
+            raise ValueError("its loss is no function of the logits that it returns")
+        return found
+
+    def _without_graph(self, outputs: Any) -> bool:
+        """Whether outputs were made apart from the loss, without gradients."""
+        assert self.head is not None
+        return not any(part.requires_grad for part in self.head.logits(outputs))
+
+    def _divisor(self, batch: dict[str, Any], num_items: Any, loss: Tensor, outputs: Any) -> Any:
+        """Give what a loss is divided by, over what the Trainer has multiplied it by."""
+        assert self.head is not None and self.scale is not None
+        takes_items = num_items is not None and self._takes_items
+        multiplied = self._multiplied if takes_items else 1
+        if takes_items and self.scale.over_step is None:
+            self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items)
+        items = num_items if takes_items and self.scale.over_step else self.head.items(batch)
+        return items / multiplied
+
+    def _apart(self, outputs: Any, batch: dict[str, Any]) -> Evidence:
+        """See whether the loss that a user gives for an example depends on the others of its batch."""
+        assert self.head is not None
+        (logits,) = self.head.logits(outputs)
+        losses = self.head.losses(outputs, batch)
+        (found,) = torch.autograd.grad(losses[0], logits, retain_graph=True)
+        with torch.no_grad():
+            rows = found.flatten(1).norm(dim=1).double()
+            rest = rows[1:].sum() / rows.sum().clamp(min=1e-300)
+            one = torch.ones_like(rest)
+        return Evidence(torch.stack([one, one, rest, 0 * rest, one]).float(), COARSE)
+
     def leave_to_trainer(self) -> None:
-        """The head does not know this loss: from now on it is the plain Trainer's."""
-        self.head, self.step_items = None, None
+        """From now on the loss is the plain Trainer's."""
+        self.head, self.step_items, self.scaled = None, None, False

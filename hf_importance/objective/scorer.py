@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,8 +82,8 @@ def score_outputs(outputs: Any, inputs: Mapping[str, Any], head: Head, score: Sc
         outputs: The model's outputs, of a training or a scoring forward pass.
         inputs: The batch, with its labels.
         head: The model's head.
-        score: ``"upper_bound"``, ``"loss"``, or a function ``(outputs, labels)``. The true gradient norm is not to be
-            had from outputs: for it, too, the upper bound is given.
+        score: ``"upper_bound"``, ``"loss"``, or a function ``(outputs, labels)`` or ``(outputs, labels, inputs)``. The
+            true gradient norm is not to be had from outputs: for it, too, the upper bound is given.
 
     Returns:
         Shape ``(b,)``, float32, on the device of the outputs, each multiplied by the weight that the batch brings for
@@ -92,10 +94,10 @@ def score_outputs(outputs: Any, inputs: Mapping[str, Any], head: Head, score: Sc
     """
     with torch.no_grad():
         if callable(score):
-            result = score(outputs, head.labels(inputs))
+            result = score(*(outputs, head.labels(inputs), inputs)[: _arguments(score)])
             if not isinstance(result, Tensor) or result.shape != (batch_size_of(inputs),):
                 raise ValueError(
-                    "compute_score_func(outputs, labels) must give a tensor with one score an example, shape "
+                    "compute_score_func must give a tensor with one score an example, shape "
                     f"({batch_size_of(inputs)},), but it gave {getattr(result, 'shape', type(result).__name__)}."
                 )
             result = result.detach().float()
@@ -104,6 +106,17 @@ def score_outputs(outputs: Any, inputs: Mapping[str, Any], head: Head, score: Sc
         else:
             result = head.upper_bound(outputs, inputs)
     return _counted(result, inputs)
+
+
+@functools.lru_cache
+def _arguments(score: Callable[..., Tensor]) -> int:
+    """Say whether a user's score is called with outputs and labels, or with the batch too."""
+    try:
+        taken = inspect.signature(score).parameters.values()
+    except (TypeError, ValueError):  # something built in
+        return 2
+    places = [p for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    return 3 if len(places) > 2 else 2
 
 
 def _counted(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -136,6 +149,21 @@ class Scorer:
     def __post_init__(self) -> None:
         """Nothing is compiled yet."""
         self._compiled: tuple[nn.Module, Callable[..., Any]] | None = None
+
+    def check(self, scores: Tensor) -> None:
+        """Refuse what cannot be scores.
+
+        Args:
+            scores: On the CPU.
+
+        Raises:
+            ValueError: The user's function gave a negative one.
+        """
+        if callable(self.score) and bool((scores < 0).any()):
+            raise ValueError(
+                f"compute_score_func gave a score of {float(scores.min()):.4g}: a score is how often an example is "
+                "drawn over others, so it cannot be negative. Give its absolute value, or its square."
+            )
 
     def largest_pass(self, in_lengths: bool, batch_size: int, varies: bool) -> int | None:
         """Give the examples that a forward pass takes at most; None: those of one batch as it came.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import Trainer
 
@@ -154,11 +155,11 @@ def _tau(axes: Axes, log: Log, ours: Log) -> None:
     ]
     if threshold:  # other methods do not go by one
         axes.plot(*zip(*threshold, strict=True), color=BLACK, linestyle=":", label="threshold")
-    for active, marker, label in ((1.0, "^", "goes on"), (0.0, "v", "goes off")):
-        events = [e for e in log if PREFIX + "active" in e and "loss" not in e and e[PREFIX + "active"] == active]
-        if events:
-            found = [e["step"] for e in events], [e[PREFIX + "tau"] for e in events]
-            axes.plot(*found, marker, color=BLACK, markersize=8, markeredgecolor="white", label=label)
+    for active, marker, label in ((True, "^", "goes on"), (False, "v", "goes off")):
+        switched = [step for step, on in _switches(log) if on is active]
+        if switched:
+            values = np.interp(switched, steps, [e[PREFIX + "tau"] for e in ours]).tolist()
+            axes.plot(switched, values, marker, color=BLACK, markersize=8, markeredgecolor="white", label=label)
     axes.legend(frameon=False, fontsize=9)
     axes.set_title("τ (gain is τ²)", loc="left", fontsize=10)
 
@@ -188,14 +189,24 @@ def _weights(axes: Axes, counts: Tensor) -> None:
     axes.set_title("weights of the examples drawn (share, by the half octave)", loc="left", fontsize=10)
 
 
+def _switches(log: Log) -> list[tuple[int, bool]]:
+    """Give the steps at which it went on or off, as far as training logs tell: of several between two, the last."""
+    found, before = [], False
+    for entry in log:
+        now = bool(entry.get(PREFIX + "active", before))
+        if now is not before:
+            found.append((entry.get(PREFIX + "switched_at", entry["step"]), now))
+            before = now
+    return found
+
+
 def _spans(log: Log) -> list[tuple[int, int]]:
     """Give the steps from and to which it was on."""
     spans, since = [], None
-    known = [(entry["step"], entry[PREFIX + "active"]) for entry in log if PREFIX + "active" in entry]
-    for step, active in known:
-        if active and since is None:
+    for step, on in _switches(log):
+        if on:
             since = step
-        elif not active and since is not None:
+        elif since is not None:
             spans.append((since, step))
             since = None
     return spans if since is None else [*spans, (since, log[-1]["step"])]

@@ -34,7 +34,7 @@ import torch
 
 from hf_importance.batches.entries import batch_size_of
 from hf_importance.checkpoint.schema import number, optional
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.theory.costs import ASSUMED_KAPPA
 
 logger = logging.getLogger(__name__)

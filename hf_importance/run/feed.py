@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_importance.batches.lengths import sort_by_length
 from hf_importance.batches.pool import Padding
-from hf_importance.batches.reserve import Reserve, ReserveDataset, reserve_sizes, reserve_unit
+from hf_importance.batches.reserve import Population, Reserve, ReserveDataset, reserve_sizes, reserve_unit
 from hf_importance.batches.streams import Lockstep, Stream
 from hf_importance.batches.visits import Order, visit_batches
 from hf_importance.checkpoint.schema import COUNT, integer, number
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.samplers.sampler import Pool, Visits
 
 DECISIONS_PER_EPOCH = 10
@@ -77,6 +77,7 @@ class Feed:
         updates: Optimizer steps of an epoch; 0 for a stream.
         scoring_batch_size: Texts are sorted by length into batches of so many.
         skipped: Gives how many optimizer steps of an epoch that begins now were done before.
+        population: What the loader draws from; None for a stream.
 
     Attributes:
         state: Where reading stood before the step in progress.
@@ -94,8 +95,9 @@ class Feed:
         updates: int,
         scoring_batch_size: int | None,
         skipped: Callable[[], int],
+        population: Population | None,
     ) -> None:
-        self.loader, self.padding = loader, padding
+        self.loader, self.padding, self.population = loader, padding, population
         self.streaming = isinstance(loader.dataset, IterableDataset)
         self.state = FeedState()
         self.place = 0
@@ -200,18 +202,17 @@ class Feed:
     # ---- Pools ----
 
     def rest_of(self, pool: Pool, iterator: Iterator[Any]) -> list[Any]:
-        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one.
-
-        Texts that are still on the host come sorted by length.
-        """
+        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
         size = self._batch_size
         if pool.size <= size:
             return []
         if self.streaming:
             return list(itertools.islice(iterator, -(-(pool.size - size) // size)))
-        sizes = reserve_sizes(size, None if pool.varies else pool.size, len(self.loader.dataset))
+        data, drawn_from = self.loader.dataset, self.population
+        sizes = reserve_sizes(size, None if pool.varies else pool.size, len(drawn_from or data))
         if self._reserve is None:
-            source = ReserveDataset(self.loader.dataset, self.loader.collate_fn, sizes, self._seed, self._ranks.rank)
+            rank = self._ranks.rank
+            source = ReserveDataset(data, self.loader.collate_fn, sizes, self._seed, rank, drawn_from)
             ahead = 8 if pool.varies else len(sizes)  # two batches where they come in quarters
             position, parts = self.state.reserve, self.state.parts
             if parts != len(sizes):  # resumed with other pools: go on behind those that were drawn
@@ -223,7 +224,12 @@ class Feed:
                 "Pool(..., varies=True)."
             )
         wanted = (pool.size - size) // reserve_unit(size) if pool.varies else len(sizes)
-        batches = list(itertools.islice(self._reserve, wanted))
+        return list(itertools.islice(self._reserve, wanted))
+
+    def by_length(self, batches: list[Any]) -> list[Any]:
+        """Sort texts that are still on the host by length, where that saves padding."""
+        if not batches or self.streaming:
+            return batches
         return sort_by_length(batches, self._scoring_batch_size, self.padding) or batches
 
     # ---- State ----

@@ -27,8 +27,8 @@ from hf_importance.checkpoint.whole import STATE_FILE, HalfWritten, check_whole,
 from hf_importance.reporting.report import Totals
 from hf_importance.run.clock import ClockState
 from hf_importance.run.feed import FeedState
+from hf_importance.run.ledger import RunState
 from hf_importance.run.run import Run
-from hf_importance.run.step import RunState
 from hf_importance.run.table import TableState
 from hf_importance.samplers.sampler import Sampler
 
@@ -218,7 +218,7 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
             saved["step"],
             " ".join(changed),
         )
-    run.state = from_state(RunState, saved["run"], "run")
+    run.ledger.state = from_state(RunState, saved["run"], "run")
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:
         run.objective.scale.over_step = saved["loss_over_step"]

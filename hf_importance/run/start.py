@@ -7,11 +7,10 @@ import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -19,28 +18,27 @@ from transformers.trainer_utils import has_length
 from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
 from hf_importance.batches.pool import Padding
 from hf_importance.batches.random import key_to_seed
+from hf_importance.batches.reserve import Population, population_of
 from hf_importance.checkpoint.state import TENSORS_NAME, load_tensors, saved_state
 from hf_importance.checkpoint.whole import STATE_FILE
-from hf_importance.heads.choose import head_of
+from hf_importance.checks import stands_in_the_way, unknown_head
 from hf_importance.heads.head import Head
-from hf_importance.heads.sliced import SlicedHead
-from hf_importance.heads.tasks import TokenHead
 from hf_importance.objective.loss import Objective
-from hf_importance.objective.scorer import Scorer
+from hf_importance.objective.model import alive, scorer_of
+from hf_importance.ranks import Ranks, ranks_of
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed, StreamPlace
+from hf_importance.run.ledger import Ledger
 from hf_importance.run.pools import Pools
-from hf_importance.run.ranks import Ranks
 from hf_importance.run.run import Run
 from hf_importance.run.saved import resume, schema
+from hf_importance.run.step import OFF, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler
 from hf_importance.training_args import ImportanceArguments
 
 logger = logging.getLogger(__name__)
-
-Owner = TypeVar("Owner")
 
 
 class RunCallback(TrainerCallback):
@@ -52,26 +50,6 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin."""
         self._begin()
-
-
-def objective_of(trainer: Trainer, settings: ImportanceArguments) -> Objective:
-    """Find how the loss of the trainer's model splits by example."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
-    ranks = _ranks(trainer)
-    sampling, averaged = settings.importance_sampling, trainer.args.average_tokens_across_devices
-    return Objective(
-        model,
-        head_of(model, smoothing, trainer.compute_loss_func),
-        settings.batch_norm,
-        shifts_labels=getattr(trainer, "_loss_shifts_labels", False),
-        takes_items=trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None,
-        ranks=ranks.size,
-        # Where nobody asked for importance sampling nothing of ours crosses the network, and each rank counts its own.
-        averaged=ranks.averaged if sampling else 1,
-        multiplied=ranks.size if averaged else 1,
-        checking=sampling,
-    )
 
 
 def indexed_loader(trainer: Trainer, make: Callable[[], DataLoader]) -> DataLoader:
@@ -97,8 +75,14 @@ def indexed_loader(trainer: Trainer, make: Callable[[], DataLoader]) -> DataLoad
 
 
 def start(
-    trainer: Trainer, sampler: Sampler, objective: Objective, settings: ImportanceArguments, score: Any, folder: Any
-) -> Run:
+    trainer: Trainer,
+    sampler: Sampler,
+    objective: Objective,
+    settings: ImportanceArguments,
+    score: Any,
+    folder: Any,
+    own_code: tuple[list[str], list[str]],
+) -> Run | None:
     """Begin a run, or take one up: the model is wrapped, and the Trainer's state loaded.
 
     Args:
@@ -108,15 +92,38 @@ def start(
         settings: The arguments.
         score: The user's ``compute_score_func``, which takes the place of the sampler's score.
         folder: The checkpoint that is resumed, if any.
+        own_code: See :func:`overridden`.
+
+    Returns:
+        The run; None where nothing can be drawn, which is said once.
 
     Raises:
         ValueError: The checkpoint's state cannot be taken up.
     """
     args, loader = trainer.args, trainer.callback_handler.train_dataloader
-    ranks, head = _ranks(trainer), objective.head
-    assert loader is not None and head is not None
+    ranks, head = ranks_of(trainer), objective.head
+    assert loader is not None
     streaming = isinstance(loader.dataset, IterableDataset)
     batch_size = _batch_size(trainer, loader, ranks)
+    population = None if streaming else population_of(loader)
+    reason = unknown_head(trainer.model) if head is None else population if isinstance(population, str) else None
+    if "_get_num_items_in_batch" in {*own_code[0], *own_code[1]}:
+        reason = reason or f"{type(trainer).__name__} counts the items of a step by itself (_get_num_items_in_batch)"
+    if not isinstance(population, str):
+        drawn_from = None if population is None else len(population)
+        reason = reason or stands_in_the_way(sampler, args, drawn_from, batch_size)
+    uniform = isinstance(population, Population) and population.uniform
+    remembers = sampler.remembers and uniform and indexed(loader)
+    if reason is None and sampler.needs_memory and not remembers:
+        reason = (
+            "the loader does not draw all examples alike, or is not the one that ImportanceTrainer makes, so what is "
+            "remembered cannot stand for it. Use importance_method='presample'"
+        )
+    finders = ranks.gather_number(int(reason is not None))
+    if any(finders) or head is None or isinstance(population, str):
+        if ranks.rank == finders.index(1):
+            logger.warning(OFF, reason)
+        return None
     accumulation = args.gradient_accumulation_steps
     micro_batches = 0 if streaming else len(loader)
     updates = math.ceil(micro_batches / accumulation)
@@ -124,14 +131,15 @@ def start(
     this = weakref.ref(trainer)
 
     def skipped() -> int:
-        return 0 if args.ignore_data_skip or not updates else _alive(this).state.global_step % updates
+        return 0 if args.ignore_data_skip or not updates else alive(this).state.global_step % updates
 
     # The run knows these facts, so they must not keep it alive.
     that: list[weakref.ref[Run]] = []
     clock = Clock(args.device, ranks)
-    table = Table(len(loader.dataset), ranks) if sampler.remembers and not streaming and indexed(loader) else None
+    table = Table(len(loader.dataset), ranks) if remembers else None
     padding = _padding(trainer, head)
-    feed = Feed(loader, ranks, padding, seed, batch_size, accumulation, updates, settings.scoring_batch_size, skipped)
+    scored = settings.scoring_batch_size
+    feed = Feed(loader, ranks, padding, seed, batch_size, accumulation, updates, scored, skipped, population)
     facts = Facts(
         examples=None if streaming else len(loader.dataset),
         batch_size=batch_size,
@@ -144,41 +152,38 @@ def start(
         seed=seed,
         table=table,
         clock=clock,
-        step=lambda: _alive(this).state.global_step,
-        steps=lambda: _alive(this).state.max_steps,
+        step=lambda: alive(this).state.global_step,
+        steps=lambda: alive(this).state.max_steps,
         place=lambda: feed.place,
         visiting=lambda: feed.visiting,
-        drawn=lambda: _alive(that[0]).state.drawn,
+        drawn=lambda: alive(that[0]).state.drawn,
         draws=lambda: feed.state.draws,
-        tau=lambda: _alive(that[0]).state.tau,
-        score_all=lambda: _alive(that[0]).score_all(),
+        tau=lambda: alive(that[0]).state.tau,
+        score_all=lambda: alive(that[0]).score_all(),
         generator=lambda *key: torch.Generator().manual_seed(key_to_seed(seed, *key)),
     )
     sharded, report = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, Report(ranks.sum)
+    scorer = scorer_of(trainer, head, settings, sampler.score if score is None else score, sharded)
+    hooks = sorted({*own_code[0], *own_code[1]})
+    said = (
+        f"{type(trainer).__name__} overrides {', '.join(hooks)}" if hooks else "no hook of the Trainer is overridden"
+    )
     pools = Pools(
         sampler,
-        _scorer(trainer, head, settings, sampler.score if score is None else score, sharded),
+        scorer,
         objective,
         feed,
         ranks,
         clock,
         facts,
         report,
-        prepare=lambda batch: _alive(this)._prepare_inputs(batch),
+        prepare=lambda batch: alive(this)._prepare_inputs(batch),
+        prepares="_prepare_inputs" in hooks,
         waits_in_passes=ranks.size > 1 and sharded,
     )
-    run = Run(
-        sampler,
-        objective,
-        feed,
-        pools,
-        ranks,
-        clock,
-        table,
-        facts,
-        report,
-        say=lambda entries: _alive(this).log(entries),
-    )
+    watch = Watch(objective, scorer, clock, said)
+    ledger = Ledger(sampler, objective, watch, feed, ranks, clock, table, facts, report)
+    run = Run(sampler, objective, watch, feed, pools, ranks, clock, table, facts, report, ledger)
     that.append(weakref.ref(run))
     saved = _saved(trainer, sampler) if trainer.state.global_step > 0 else None
     sampler.begin(facts)
@@ -192,43 +197,14 @@ def start(
 
 def indexed(loader: DataLoader) -> bool:
     """Whether the batches of a loader know their examples; a subclass's own loader may not."""
-    return isinstance(loader.dataset, IndexedDataset)
-
-
-def _alive(this: weakref.ref[Owner]) -> Owner:
-    found = this()
-    assert found is not None
-    return found
-
-
-def _ranks(trainer: Trainer) -> Ranks:
-    return Ranks(trainer.accelerator, trainer.get_tp_size(), trainer.args.average_tokens_across_devices)
+    collate = getattr(loader.collate_fn, "data_collator", loader.collate_fn)  # in the one that removes columns
+    return isinstance(loader.dataset, IndexedDataset) and isinstance(collate, IndexedCollator)
 
 
 def _batch_size(trainer: Trainer, loader: DataLoader, ranks: Ranks) -> int:
     """Give the examples of a micro-batch on each rank; a loader that accelerate did not make has its own."""
     total: int | None = getattr(loader, "total_batch_size", None)
     return total // ranks.size if total else (loader.batch_size or trainer._train_batch_size)
-
-
-def _scorer(trainer: Trainer, head: Head, settings: ImportanceArguments, score: Any, sharded: bool) -> Scorer:
-    this, args = weakref.ref(trainer), trainer.args
-
-    def compile(model: nn.Module) -> Callable[..., Any]:
-        backend, mode = args.torch_compile_backend, args.torch_compile_mode
-        return torch.compile(model, backend=backend, mode=mode)  # pyrefly: ignore[no-matching-overload]
-
-    # Parameters that are sharded over ranks are whole only inside the model's own forward.
-    sliceable = isinstance(head, TokenHead) and not sharded
-    return Scorer(
-        (lambda: _alive(this).model_wrapped) if trainer.is_deepspeed_enabled else (lambda: _alive(this).model),
-        head,
-        score,
-        settings.scoring_batch_size,
-        settings.scoring_dtype,
-        SlicedHead(trainer.accelerator.unwrap_model(trainer.model), head) if sliceable else None,
-        compile if args.torch_compile and not sharded else None,
-    )
 
 
 def _padding(trainer: Trainer, head: Head) -> Padding:

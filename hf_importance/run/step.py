@@ -1,32 +1,42 @@
-"""One optimizer step: what it does and what it finds, dropped if it is not finished; and what steps add up to."""
+"""One optimizer step: what it does and finds, and the watch over what training really computes in it.
+
+Right or off: importance sampling is on only where the loss was proved to be what its head says. Whatever a user's
+model, loss, loader or batch is, training goes on: as the plain Trainer does, with one warning that says what stands in
+the way.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
 
-from hf_importance.checkpoint.schema import COUNT, number
+from hf_importance.objective.loss import Objective
+from hf_importance.objective.proof import Evidence, describe, verdict
+from hf_importance.objective.scorer import Scorer, score_outputs
 from hf_importance.reporting.report import Totals
+from hf_importance.run.clock import Clock
 from hf_importance.run.feed import FeedState
 from hf_importance.samplers.sampler import Scored
 
+logger = logging.getLogger(__name__)
 
-_SUM = number(0, 1e300)
-
-
-@dataclass
-class RunState:
-    """What steps change, whatever the sampler; it goes into the checkpoint."""
-
-    tau: Annotated[float, number(1 - 1e-6, 1e9)] = 1.0  # moving average of τ: at first nothing to win
-    switches: Annotated[int, COUNT] = 0
-    steps_on: Annotated[int, COUNT] = 0  # optimizer steps drawn by importance
-    drawn: bool = False  # whether the last step was
-    items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
-    examples: Annotated[float, _SUM] = 0.0  # examples in them
+# Uniform steps in which the loss is held against its head: all of the first, then one of so many; where the logits
+# are few, and it costs next to nothing, all. And one of so many steps by importance; where the logits are few what is
+# found in the others waits on the device for that one.
+FIRST, EVERY, EVERY_DRAWN = 10, 10, 16
+FEW_LOGITS = 1 << 16
+OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: %s."
+WHAT_TO_DO = (
+    "Say what the loss of each example is, with compute_example_losses=..., or pass importance_sampling=False to be "
+    "rid of this warning"
+)
 
 
 @dataclass
@@ -45,6 +55,18 @@ class Step:
         pool: Of a pool: what was scored.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
+        micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
+        rows: Examples in each.
+        proves: Whether the loss of this step is held against its head.
+        judged: Whether the outcome is waited for.
+        evidence: What came of it, of each micro-batch.
+        begun: Training steps begun.
+        returned: Of each, the loss that was computed in it.
+        differs: Of each, on the device, whether another was descended; float32, 0 or 1.
+        losses: Losses computed in them.
+        descended: How often a backward pass began at one of these, or at what was made of it.
+        problem: What stands in the way of importance sampling, found in this step.
+        blocked: Whether a rank found something in its way before anything was drawn; all ranks know.
     """
 
     number: int
@@ -58,14 +80,210 @@ class Step:
     pool: Scored | None = None
     trained: Tensor | None = None
     sums: list[float] | None = None
+    micro: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    proves: bool = False
+    judged: bool = True
+    evidence: list[Evidence] = field(default_factory=list)
+    begun: int = 0
+    returned: list[Tensor | None] = field(default_factory=list)
+    differs: list[Tensor] = field(default_factory=list)
+    losses: int = 0
+    descended: int = 0
+    problem: str | None = None
+    blocked: bool = False
 
-    def read(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Give scores and indices of what was trained on, and the item count of each micro-batch; on the CPU.
+    @property
+    def current(self) -> tuple[Tensor | None, Tensor | None]:
+        """What ours belongs to the micro-batch in training: weights and indices."""
+        return self.micro[self.begun - 1] if 0 < self.begun <= len(self.micro) else (None, None)
 
-        The one wait for the device of a uniform step.
+    def complaint(self, own_code: str) -> str | None:
+        """Say what speaks against importance sampling in how this step went, if anything.
+
+        Args:
+            own_code: Which hooks of the Trainer the user's code overrides, for the sentence.
         """
-        sizes = [len(scores) for scores, _, _ in self.outputs]
-        host: Any = torch.cat([*(s for s, _, _ in self.outputs), *(i.float()[None] for _, _, i in self.outputs)])
-        scores, items = host.cpu().double().split([sum(sizes), len(sizes)])
+        if self.problem is not None:
+            return self.problem
+        if self.losses == 0:
+            return f"the loss is computed past ours ({own_code}): call super()"
+        if self.begun != len(self.micro) or self.losses != self.begun:
+            return (
+                f"a step has {len(self.micro)} micro-batches, and {self.begun} training steps with {self.losses} "
+                f"losses were made of them ({own_code})"
+            )
+        if self.descended < self.losses:
+            return f"the loss that is descended is another than compute_loss computed ({own_code}): return that one"
+        return None
+
+    def descends(self, gradient: Tensor) -> None:
+        """Note that a backward pass came to a loss."""
+        self.descended += 1
+
+    def read(self) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+        """Give what the training passes left, on the CPU: the one wait for the device of a uniform step.
+
+        Returns:
+            Scores, float64, and indices of what was trained on; the item count of each micro-batch, float64; and the
+            figures of each evidence.
+        """
+        scores = [found for found, _, _ in self.outputs]
+        items = [count.float()[None] for _, _, count in self.outputs]
+        others = [other[None] for other in self.differs]
+        figures = [one.figures for one in self.evidence]
+        parts = [scores, items, others, figures]
+        sizes = [sum(map(len, part)) for part in parts]
+        device = next(part[0].device for part in parts if part)
+        host: Any = torch.cat([one.to(device) for part in parts for one in part]).cpu().double()
+        found, counts, differing, evidence = host.split(sizes)
+        if differing.any():
+            self.problem = "the loss that is descended is another than compute_loss computed: something is added to it"
         indices = [index for _, index, _ in self.outputs if index is not None]
-        return scores, torch.cat(indices).cpu() if indices else None, items
+        index = torch.cat(indices).cpu().long() if indices else None
+        return found, index, counts, list(evidence.split(5)) if len(evidence) else []
+
+
+@dataclass
+class Watch:
+    """Sees the training passes of a run.
+
+    Attributes:
+        objective: Computes the loss.
+        scorer: Scores their outputs.
+        clock: Times them.
+        own_code: Which hooks of the Trainer the user's code overrides, for sentences.
+        barred: Why importance sampling is off for good, or None.
+    """
+
+    objective: Objective
+    scorer: Scorer
+    clock: Clock
+    own_code: str
+    barred: str | None = None
+
+    def __post_init__(self) -> None:
+        """Nothing is in training."""
+        self.step: Step | None = None
+        self._few = True
+        self._uniform = self._drawn = 0
+        self._evidence: list[Evidence] = []  # of steps that were not waited for
+        self._differs: list[Tensor] = []
+
+    def bar(self, reason: str, speak: bool = True) -> None:
+        """From now on the run is the plain Trainer's. All ranks must come to it.
+
+        Args:
+            reason: What stands in the way, and what to do; a sentence without its end.
+            speak: Whether this rank says so.
+        """
+        if self.barred is None and speak:
+            logger.warning(OFF, reason.removesuffix("."))
+        self.barred = self.barred or reason
+        # What importance_sampling=False does to a loss goes on: its scale is repaired, or it is the user's function's.
+        head, scale = self.objective.head, self.objective.scale
+        if head is None or scale is None or not (head.computes or scale.over_step is False):
+            self.objective.leave_to_trainer()
+
+    def begin(self, step: Step) -> None:
+        """A step begins: see whether its loss is to be proved."""
+        self.step = step
+        if step.kind == "batch":
+            step.proves = self._few or self._uniform < FIRST or self._uniform % EVERY == 0
+            self._uniform += 1
+        else:
+            self._drawn += 1
+            due = self._drawn % EVERY_DRAWN == 0
+            step.proves, step.judged = due or self._few, due or step.kind == "visits"
+
+    def judges(self, step: Step) -> bool:
+        """Whether what a finished step found is read now, with what was left of others; else it is left for later."""
+        self._evidence += step.evidence
+        self._differs += step.differs
+        if not step.judged:
+            return False
+        step.evidence, self._evidence = self._evidence, []
+        step.differs, self._differs = self._differs, []
+        return True
+
+    @contextlib.contextmanager
+    def training_on(self, inputs: Any) -> Iterator[None]:
+        """A training step on one micro-batch."""
+        if self.step is not None:
+            self.step.begun += 1
+            self.step.returned.append(None)
+        with self.clock.training_on(inputs):
+            yield
+
+    def returned(self, loss: Tensor) -> None:
+        """See whether what the training step descended is the loss that was computed here."""
+        ours = None if self.step is None or not self.step.returned else self.step.returned[-1]
+        if ours is not None and self.step is not None:
+            other = (loss.detach() != ours) & ~(loss.detach().isnan() & ours.isnan())
+            self.step.differs.append(other.float().reshape(()))
+
+    def loss(
+        self,
+        own: Callable[[nn.Module, dict[str, Any], bool], Any],
+        model: nn.Module,
+        batch: dict[str, Any],
+        wanted: bool,
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor, Any]:
+        """Give the loss of a micro-batch in training, and the model's outputs; arguments as ``Objective.loss``."""
+        step, objective = self.step, self.objective
+        if objective.head is None or step is None or self.barred is not None:
+            if objective.head is None:
+                found = own(model, batch, wanted)
+                return found if wanted else (found, None)
+            return objective.loss_without_run(own, model, batch, wanted, num_items)
+        step.losses += 1
+        weights, index = step.current
+        rows, whole = objective.rows_in(batch), step.rows[step.begun - 1 : step.begun]
+        if whole and rows != whole[0]:
+            step.problem = step.problem or f"the loss is computed of {rows} examples of {whole[0]} ({self.own_code})"
+            weights = None
+        if weights is not None:
+            weights = weights.to(next(v.device for v in batch.values() if isinstance(v, Tensor)), non_blocking=True)
+        listens = step.kind != "pool"
+        loss, outputs, found = objective.loss(own, model, batch, weights, wanted or listens, num_items, step.proves)
+        if isinstance(found, str):
+            step.problem = step.problem or f"{found} ({self.own_code}). {WHAT_TO_DO}"
+        elif found is not None:
+            step.evidence.append(found)
+        if listens and step.problem is None:
+            self._hear(step, outputs, batch, weights, index)
+        if step.returned:
+            step.returned[-1] = loss.detach()
+        if loss.requires_grad:
+            loss.register_hook(step.descends)
+        return loss, outputs
+
+    def _hear(self, step: Step, outputs: Any, batch: dict[str, Any], weights: Tensor | None, index: Any) -> None:
+        """Keep, on the device, what the logits of a training pass say."""
+        objective = self.objective
+        assert objective.head is not None and objective.scale is not None
+        try:
+            scores = score_outputs(outputs, batch, objective.head, self.scorer.score)
+            items = objective.scale.items(batch)
+            few = sum(part.numel() for part in objective.head.logits(outputs)) <= FEW_LOGITS
+            self._few = few and objective.head.cheap and not objective.fused
+        except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+            if should_reduce_batch_size(error):  # out of memory, which auto_find_batch_size waits for
+                raise
+            step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
+            return
+        step.outputs.append((scores if weights is None else scores * weights, index, items))
+
+    def judge(self, step: Step, found: list[Tensor]) -> tuple[float, float]:
+        """Say whether the evidence of a step speaks against the head, and whether for it; 0 or 1 each.
+
+        Args:
+            step: What it is of.
+            found: The figures of its evidence, on the CPU.
+        """
+        judged = [verdict(figures, one.tolerance) for figures, one in zip(found, step.evidence, strict=True)]
+        against = next((figures for figures, (bad, _) in zip(found, judged, strict=True) if bad), None)
+        if against is not None:
+            step.problem = f"the loss is another than the model's head says ({describe(against)}). {WHAT_TO_DO}"
+        return float(against is not None), float(any(good for _, good in judged))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.checkpoint.schema import COUNT
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 
 COLUMNS = ("scores", "seen", "visits", "weight_sum")
 # Pairs that a calibration is estimated from, at most; 2 MB. More would not sharpen 32 bins.

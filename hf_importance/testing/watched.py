@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored, Visits
 from hf_importance.trainer import ImportanceTrainer
 

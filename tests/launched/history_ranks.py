@@ -32,10 +32,10 @@ class Asks(TrainerCallback):
 
 
 class Look(ImportanceTrainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.trained.append(inputs[INDEX].tolist())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.trained += [batch[INDEX].tolist() for batch in toys.handed(self, batches)]
+        return batches, items
 
 
 def build(folder, ranks, **overrides):
@@ -45,7 +45,6 @@ def build(folder, ranks, **overrides):
         "max_steps": 6 * 16,
         "logging_steps": 4,
         "optim": "sgd",
-        "train_sampling_strategy": "sequential",
         **overrides,
     }
     asks = Asks()

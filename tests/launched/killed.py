@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from hf_importance import ImportanceTrainer
 
 STEPS, EVERY = 40, 2
-PHASES = ("starting", "training", "scoring", "saving", "switching", "ended")
+PHASES = ("starting", "training", "scoring", "saving", "ended")
 
 
 class Flapping(ImportanceTrainer):
@@ -48,14 +48,10 @@ class Flapping(ImportanceTrainer):
         if self.shared is not None:
             self.shared[0] = PHASES.index(phase)
 
-    def training_step(self, *args, **kwargs):
+    def get_batch_samples(self, *args, **kwargs):
+        found = super().get_batch_samples(*args, **kwargs)
         self.doing("training")
-        return super().training_step(*args, **kwargs)
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" not in logs:  # the entry of a switch
-            self.doing("switching")
-        super().log(logs, *args, **kwargs)
+        return found
 
     def _save_checkpoint(self, *args, **kwargs):
         self.doing("saving")

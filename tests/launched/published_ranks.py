@@ -17,10 +17,10 @@ from hf_importance.samplers.published import InfoBatch, OnlineBatchSelection, Pr
 
 
 class Look(ImportanceTrainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.trained.append(inputs[INDEX].tolist())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.trained += [batch[INDEX].tolist() for batch in toys.handed(self, batches)]
+        return batches, items
 
 
 def rounded_loss(outputs, labels):
@@ -37,7 +37,6 @@ def build(folder, ranks, sampler, examples=128, score=None, **overrides):
         "max_steps": 32,
         "logging_steps": 1,
         "optim": "sgd",
-        "train_sampling_strategy": "sequential",
         **overrides,
     }
     trainer = Look(

@@ -80,7 +80,7 @@ def flapping(trainer):
 
 def cases(folder, ranks):
     """Every case is the same work whatever the number of ranks: examples a step are kept equal."""
-    small = {"per_device_train_batch_size": 16 // ranks, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    small = {"per_device_train_batch_size": 16 // ranks, "optim": "sgd"}
     off = {"tau_threshold": 3.9, **small}
     yield "off", lambda: run(folder, **off)
     yield "off, accumulated", lambda: run(folder, gradient_accumulation_steps=3, max_steps=4, **off)

@@ -30,12 +30,12 @@ def parameters(trainer):
 
 
 class Look(ImportanceTrainer):
-    """Keeps the examples of every trained batch, and the scores of every optimizer step."""
+    """Keeps the examples of every batch that is trained on."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.trained.append(inputs["input_ids"].sum(-1).tolist())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.trained += [batch["input_ids"].sum(-1).tolist() for batch in batches]
+        return batches, items
 
 
 def train(folder, data, **overrides):
@@ -59,7 +59,7 @@ def train(folder, data, **overrides):
 def cases(folder, ranks):
     """Every case is the same work whatever the number of ranks: examples a step are kept equal."""
     data = toys.sentences(96)
-    small = {"per_device_train_batch_size": 16 // ranks, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    small = {"per_device_train_batch_size": 16 // ranks, "optim": "sgd"}
     yield "uniform", lambda: train(folder, data, tau_threshold=3.9, **small)
     yield (
         "uniform, accumulated",

@@ -33,7 +33,7 @@ class OwnLoader(ImportanceTrainer):
     def get_train_dataloader(self):
         rank = self.args.process_index
         part = self.train_dataset.select(range(rank, 96 - 32 * rank, 2))
-        return DataLoader(part, batch_size=8, collate_fn=self.data_collator)
+        return DataLoader(part, batch_size=8, shuffle=True, collate_fn=self.data_collator)
 
 
 STREAM = {"accelerator_config": {"dispatch_batches": False}, "max_steps": 12}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import Trainer
 
 
 class Ranks:
@@ -54,3 +55,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         return self._accelerator.gather(torch.tensor([value], device=self._accelerator.device)).tolist()
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """Give the processes that a trainer knows of."""
+    return Ranks(trainer.accelerator, trainer.get_tp_size(), trainer.args.average_tokens_across_devices)
