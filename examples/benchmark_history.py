@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_importance.run.ranks import Ranks
+from hf_importance.ranks import Ranks
 from hf_importance.run.table import Table
 from hf_importance.samplers.history import History
 from hf_importance.samplers.proposal import Proposal

@@ -71,7 +71,7 @@ class Progress(ProgressCallback):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.points = name, []
+        self.name, self.points, self.switches = name, [], 0
 
     def on_train_begin(self, *args, **kwargs) -> None:
         """Start the clock."""
@@ -92,9 +92,10 @@ class Progress(ProgressCallback):
         tau = f"{logs['importance/tau']:.2f}" if "importance/tau" in logs else None
         if "loss" in logs:
             self.training_bar.set_postfix({"loss": f"{logs['loss']:.3g}"} | ({"tau": tau} if tau else {}))
-        elif "importance/active" in logs:
-            now = "on" if logs["importance/active"] else "off"
-            self.training_bar.write(f"importance sampling {now} after step {state.global_step}: tau {tau}")
+        if logs.get("importance/switches", 0) > self.switches:
+            self.switches, now = logs["importance/switches"], "on" if logs["importance/active"] else "off"
+            step = logs["importance/switched_at"]
+            self.training_bar.write(f"importance sampling {now} after step {step}: tau {tau}")
 
     def on_prediction_step(self, *args, **kwargs) -> None:
         """Let the bar of an evaluation go when it is done."""
