@@ -164,7 +164,7 @@ class ImportanceMixin(Trainer):
             return own(model, inputs, return_outputs)
         if objective.scaled:  # ours is the share of the step already, so training_step must not divide again
             self.loss_is_scaled_for_ga = True
-        return (loss, outputs) if return_outputs else loss
+        return (loss, objective.completed(outputs, loss)) if return_outputs else loss
 
     # ---- Log ----
 

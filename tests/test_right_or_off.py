@@ -1097,3 +1097,104 @@ def test_losses_of_examples_of_another_shape_are_an_error():
     script = as_argument(lambda outputs, inputs: class_weights(outputs, inputs).mean(), points, Classifier)
     with pytest.raises(ValueError, match=r"one loss an example, shape \(8,\), but it gave torch.Size\(\[\]\)"):
         run(script, "presample")
+
+
+# ---- What Hugging Face's own tests of the Trainer met ----
+
+
+class ListOfBatches(ImportanceTrainer):
+    """Gives a list of batches for a loader."""
+
+    def get_train_dataloader(self):
+        return list(super().get_train_dataloader())
+
+
+def test_a_loader_that_is_no_torch_loader_trains_as_plain_trainer_does(tmp_path, caplog):
+    class PlainList(Trainer):
+        def get_train_dataloader(self):
+            return list(super().get_train_dataloader())
+
+    data = toys.sentences(64)
+    with caplog.at_level("WARNING", "hf_importance"):
+        ours = toys.run(ListOfBatches, toys.bert(), toys.always_on(tmp_path, max_steps=4), data)
+    plain = toys.run(PlainList, toys.bert(), toys.arguments(tmp_path, max_steps=4), data)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_importance")]
+    assert len(said) == 1 and "its loader is a list" in said[0]
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], value)
+
+
+class TwoOutputs(torch.nn.Module):
+    """Gives a tuple: the loss, if there are labels, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = toys.bert()
+        self.config = self.inner.config
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        found = (logits, 2 * logits)
+        return found if labels is None else (torch.nn.functional.cross_entropy(logits, labels), *found)
+
+
+def test_predictions_are_whole_where_the_loss_of_each_example_is_given(tmp_path):
+    def losses(outputs, inputs):
+        return torch.nn.functional.cross_entropy(outputs[0], inputs["labels"], reduction="none")
+
+    data = toys.sentences(64)
+    torch.manual_seed(0)
+    ours = ImportanceTrainer(TwoOutputs(), toys.always_on(tmp_path), train_dataset=data, compute_example_losses=losses)
+    plain = Trainer(ours.model, toys.arguments(tmp_path), train_dataset=data)
+    found, wanted = ours.predict(data).predictions, plain.predict(data).predictions
+    assert len(found) == len(wanted) == 2
+    assert all((one == other).all() for one, other in zip(found, wanted, strict=True))
+
+
+class OneNumber(torch.nn.Module):
+    """Gives one number an example, without a second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(6) / 50)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return {"logits": input_ids.float() @ self.weight}
+
+
+def test_outputs_of_one_number_an_example_are_drawn_by(tmp_path):
+    def losses(outputs, inputs):
+        return (outputs["logits"] - inputs["labels"].float()).square()
+
+    arguments = toys.always_on(tmp_path, max_steps=6, learning_rate=1e-4)
+    ours = ImportanceTrainer(OneNumber(), arguments, train_dataset=toys.sentences(96), compute_example_losses=losses)
+    ours.train()
+    assert ours.state.log_history[-1]["importance/steps_on"] >= 4
+
+
+class DrawsInEvaluation(torch.nn.Module):
+    """Draws a random number in every forward pass, in evaluation too."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = toys.bert()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits + 0.05 * torch.randn(1)
+        found = {"logits": logits}
+        return found if labels is None else {"loss": torch.nn.functional.cross_entropy(logits, labels), **found}
+
+
+def test_scoring_leaves_the_random_stream_where_it_was(tmp_path):
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    whole = toys.run(ImportanceTrainer, DrawsInEvaluation(), toys.always_on(tmp_path, **settings), toys.sentences(96))
+    assert whole.state.log_history[-1]["importance/steps_on"] >= 10
+    resumed = ImportanceTrainer(
+        DrawsInEvaluation(), toys.always_on(tmp_path, **settings), train_dataset=toys.sentences(96)
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name

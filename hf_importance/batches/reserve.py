@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from transformers.trainer_utils import has_length
 
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.reading import fetch, loader_like
@@ -66,6 +67,8 @@ def population_of(loader: DataLoader) -> Population | str:
     Args:
         loader: The Trainer's, or the user's own.
     """
+    if not has_length(loader.dataset):
+        return f"the loader's dataset, a {type(loader.dataset).__name__}, has no length"
     sampler, examples = _sampler_of(loader), len(loader.dataset)  # pyrefly: ignore[bad-argument-type]
     kind = type(sampler)
     if kind is WeightedRandomSampler and not sampler.replacement:

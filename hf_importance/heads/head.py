@@ -39,7 +39,7 @@ class Head:
 
     def rows(self, gradient: Tensor) -> Tensor:
         """Give a gradient at the logits by what the loss is a sum over, shape ``(rows, ...)`` flattened to two."""
-        return gradient.flatten(1)
+        return gradient.reshape(len(gradient), -1)
 
     def row_norms(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """Give the length of each of these rows in closed form, float64, shape ``(rows,)``; None: there is none."""

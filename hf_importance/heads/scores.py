@@ -138,7 +138,7 @@ def logit_gradient_norm(losses: Callable[[Tensor], Tensor], logits: Tensor) -> T
     with torch.enable_grad():
         leaf = logits.detach().float().requires_grad_()
         (gradient,) = torch.autograd.grad(losses(leaf).sum(), leaf)
-    return gradient.flatten(1).norm(dim=-1)
+    return gradient.reshape(len(gradient), -1).norm(dim=-1)
 
 
 def gradient_norm(losses: Iterable[Tensor], parameters: Iterable[torch.nn.Parameter]) -> Tensor:

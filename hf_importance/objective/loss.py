@@ -6,7 +6,7 @@ It knows a model and how its loss splits by example; it knows no run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Objective:
         step_items: Items of the optimizer step in progress, over all ranks; None where each micro-batch is a step of
             its own.
         scaled: Whether the last loss was brought to a mean over the step.
+        without_labels: Whether the model was called without its labels for it.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Objective:
         self.head = head
         self.scale = None if head is None else LossScale(head, shifts_labels)
         self.step_items: Tensor | float | None = None
-        self.scaled = False
+        self.scaled = self.without_labels = False
         self.ranks, self.averaged, self.repairs = ranks, averaged, repairs
         self._takes_items, self._multiplied = takes_items, multiplied
         self._sharded, self.fused = sharded, fused
@@ -163,7 +164,7 @@ class Objective:
             prove: Whether evidence is asked for.
         """
         assert self.head is not None
-        self.scaled = False
+        self.scaled = self.without_labels = False
         computes = self.head.computes
         if weights is None and WEIGHTS not in batch and not computes:
             found = own(model, dict(batch), wanted or prove or self._learns_scale(model))
@@ -182,17 +183,17 @@ class Objective:
             plain, outputs = own(model, {name: v for name, v in batch.items() if name != WEIGHTS}, True)
             try:
                 evidence = self._evidence(own, model, batch, plain, outputs, num_items)
-            except ValueError as error:
+            except Exception as error:  # as above
                 evidence = f"{error}"
         if not prove or computes or self._without_graph(outputs):
-            outputs = model(**self.head.model_inputs(batch))
+            outputs, self.without_labels = model(**self.head.model_inputs(batch)), True
         given = batch.get(WEIGHTS)
         weights = given if weights is None else weights if given is None else weights * given
         loss = self._weighted(model, batch, outputs, weights)
         if prove and computes:
             try:
                 evidence = self._apart(outputs, batch)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:
                 evidence = f"{error}"
         return loss, outputs, evidence
 
@@ -276,7 +277,7 @@ class Objective:
         losses = self.head.losses(outputs, batch)
         (found,) = torch.autograd.grad(losses[0], logits, retain_graph=True)
         with torch.no_grad():
-            rows = found.flatten(1).norm(dim=1).double()
+            rows = found.reshape(len(found), -1).norm(dim=1).double()
             rest = rows[1:].sum() / rows.sum().clamp(min=1e-300)
             one = torch.ones_like(rest)
         return Evidence(torch.stack([one, one, rest, 0 * rest, one]).float(), COARSE)
@@ -284,3 +285,13 @@ class Objective:
     def leave_to_trainer(self) -> None:
         """From now on the loss is the plain Trainer's."""
         self.head, self.step_items, self.scaled = None, None, False
+
+    def completed(self, outputs: Any, loss: Tensor) -> Any:
+        """Give outputs as the model gives them with labels, the loss in front, where it was called without any."""
+        if not self.without_labels:
+            return outputs
+        if isinstance(outputs, Mapping):
+            kind = type(outputs)
+            knows = "loss" in getattr(kind, "__dataclass_fields__", ("loss",))
+            return kind(**{**outputs, "loss": loss}) if knows else outputs
+        return (loss, *([outputs] if isinstance(outputs, Tensor) else outputs))

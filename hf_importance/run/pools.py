@@ -125,7 +125,9 @@ class Pools:
         indices: list[Tensor],
         share: float,
     ) -> tuple[list, Tensor]:
-        scores, items = self._score(planned, pools)
+        # Where resuming, the Trainer loads the random state behind this: scoring must not move it.
+        with isolated_rng(key_to_seed(self.facts.seed, self.ranks.rank, self.facts.step(), 7)):
+            scores, items = self._score(planned, pools)
         index = torch.cat([part.cpu() for part in indices]) if indices else None
         sizes = tuple(len(pool) for pool in pools)
         seen = step.pool = Scored(scores, index, pools[0].sizes[0], 0, torch.ones_like(scores), sizes)

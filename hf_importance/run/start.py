@@ -103,27 +103,13 @@ def start(
     args, loader = trainer.args, trainer.callback_handler.train_dataloader
     ranks, head = ranks_of(trainer), objective.head
     assert loader is not None
-    streaming = isinstance(loader.dataset, IterableDataset)
-    batch_size = _batch_size(trainer, loader, ranks)
-    population = None if streaming else population_of(loader)
-    reason = unknown_head(trainer.model) if head is None else population if isinstance(population, str) else None
-    if "_get_num_items_in_batch" in {*own_code[0], *own_code[1]}:
-        reason = reason or f"{type(trainer).__name__} counts the items of a step by itself (_get_num_items_in_batch)"
-    if not isinstance(population, str):
-        drawn_from = None if population is None else len(population)
-        reason = reason or stands_in_the_way(sampler, args, drawn_from, batch_size)
-    uniform = isinstance(population, Population) and population.uniform
-    remembers = sampler.remembers and uniform and indexed(loader)
-    if reason is None and sampler.needs_memory and not remembers:
-        reason = (
-            "the loader does not draw all examples alike, or is not the one that ImportanceTrainer makes, so what is "
-            "remembered cannot stand for it. Use importance_method='presample'"
-        )
+    population, remembers, reason = _drawn_from(trainer, loader, sampler, head, own_code, ranks)
     finders = ranks.gather_number(int(reason is not None))
-    if any(finders) or head is None or isinstance(population, str):
+    if any(finders) or head is None:
         if ranks.rank == finders.index(1):
             logger.warning(OFF, reason)
         return None
+    streaming, batch_size = population is None, _batch_size(trainer, loader, ranks)
     accumulation = args.gradient_accumulation_steps
     micro_batches = 0 if streaming else len(loader)
     updates = math.ceil(micro_batches / accumulation)
@@ -193,6 +179,36 @@ def start(
     if streaming:
         feed.read_on(*_stream_place(trainer, loader, feed, saved is not None))
     return run
+
+
+def _drawn_from(
+    trainer: Trainer,
+    loader: Any,
+    sampler: Sampler,
+    head: Head | None,
+    own_code: tuple[list[str], list[str]],
+    ranks: Ranks,
+) -> tuple[Population | None, bool, str | None]:
+    """Give what the loader draws from, None for a stream; whether scores are remembered; and what is in the way."""
+    if not isinstance(loader, DataLoader):
+        return None, False, f"its loader is a {type(loader).__name__}, and examples are drawn from torch's DataLoader"
+    found = None if isinstance(loader.dataset, IterableDataset) else population_of(loader)
+    if head is None:
+        return None, False, unknown_head(trainer.model)
+    if isinstance(found, str):
+        return None, False, found
+    if "_get_num_items_in_batch" in {*own_code[0], *own_code[1]}:
+        kind = type(trainer).__name__
+        return found, False, f"{kind} counts the items of a step by itself (_get_num_items_in_batch)"
+    examples = None if found is None else len(found)
+    reason = stands_in_the_way(sampler, trainer.args, examples, _batch_size(trainer, loader, ranks))
+    remembers = sampler.remembers and found is not None and found.uniform and indexed(loader)
+    if reason is None and sampler.needs_memory and not remembers:
+        reason = (
+            "the loader does not draw all examples alike, or is not the one that ImportanceTrainer makes, so what is "
+            "remembered cannot stand for it. Use importance_method='presample'"
+        )
+    return found, remembers, reason
 
 
 def indexed(loader: DataLoader) -> bool:
