@@ -1180,21 +1180,21 @@ class DrawsInEvaluation(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = toys.bert()
+        self.inner = toys.bert(dropout=0.1)
 
     def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits + 0.05 * torch.randn(1)
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits + 0.05 * torch.randn(4)
         found = {"logits": logits}
         return found if labels is None else {"loss": torch.nn.functional.cross_entropy(logits, labels), **found}
 
 
 def test_scoring_leaves_the_random_stream_where_it_was(tmp_path):
-    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 8}  # within an epoch
     whole = toys.run(ImportanceTrainer, DrawsInEvaluation(), toys.always_on(tmp_path, **settings), toys.sentences(96))
     assert whole.state.log_history[-1]["importance/steps_on"] >= 10
     resumed = ImportanceTrainer(
         DrawsInEvaluation(), toys.always_on(tmp_path, **settings), train_dataset=toys.sentences(96)
     )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
