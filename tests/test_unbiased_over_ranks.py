@@ -86,7 +86,11 @@ class Rank:
         )
         sampler = Presample(ratio=3.0, threshold=2.0, resampling=method)
         known = facts(
-            None, batch_size=BATCH, step=lambda: 1, generator=lambda *key: torch.Generator().manual_seed(sum(key))
+            None,
+            batch_size=BATCH,
+            seed=0,
+            step=lambda: 1,
+            generator=lambda *key: torch.Generator().manual_seed(sum(key)),
         )
         sampler.begin(known)
         reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None, by_length=lambda rest: rest)
