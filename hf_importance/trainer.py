@@ -237,7 +237,6 @@ class ImportanceMixin(Trainer):
             say_what_is_half_written(self._folders.get("saved"), self.args.should_save, self.sampler)
             raise
         finally:
-            self._objective.hold_batch_norm(training=True)
             if self._run is not None:
                 self._run.feed.close()
         if self._run is not None:
