@@ -137,7 +137,8 @@ def _entry_not_rows(batches: Sequence[Any], sizes: Sequence[int]) -> tuple[str, 
 
 def _not_rows(name: str, values: Sequence[Any], sizes: Sequence[int]) -> str | None:
     first = values[0]
-    if any(type(value) is not type(first) for value in values):
+    kinds = {Tensor if isinstance(value, Tensor) else type(value) for value in values}
+    if len(kinds) > 1:
         return "is not in every batch, or not of one type"
     if isinstance(first, Mapping):
         found = _entry_not_rows(values, sizes)

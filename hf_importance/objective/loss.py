@@ -265,10 +265,9 @@ class Objective:
         assert self.head is not None and self.scale is not None
         takes_items = num_items is not None and self._takes_items
         multiplied = self._multiplied if takes_items else 1
-        if takes_items and self.scale.over_step is None:
-            self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items)
-        items = num_items if takes_items and self.scale.over_step else self.head.items(batch)
-        return items / multiplied
+        if not takes_items:
+            return self.head.items(batch) / multiplied
+        return self.scale.divisor(loss.detach() / multiplied, outputs, batch, num_items) / multiplied
 
     def _apart(self, outputs: Any, batch: dict[str, Any]) -> Evidence:
         """See whether the loss that a user gives for an example depends on the others of its batch."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from hf_importance.batches.entries import IGNORED_LABEL
 from hf_importance.heads.head import Head
 
+LOOKS = 10  # at a model's loss, while the two counts are the same
 # In float32 the two agree to 1e-6. A loss in bf16 has 8 bits, and so has that of each example and each partial sum.
 RELATIVE_TOLERANCE, COARSE = 0.005, 0.02
 ABSOLUTE_TOLERANCE = 1e-4
@@ -48,6 +49,7 @@ class LossScale:
         self.shifts_labels = shifts_labels
         self.over_step: bool | None = None
         self.checked = False
+        self._looks = 0
 
     def learn(self, loss: Tensor, outputs: Any, inputs: Mapping[str, Any], step_items: Tensor | float | None) -> None:
         """Compare a model's loss with the losses of its examples. It waits for the device; one call is enough.
@@ -85,6 +87,24 @@ class LossScale:
         # With all items in one micro-batch the two are the same.
         if step_items is None or abs(means[True] - means[False]) > 4 * error:
             self.over_step = over_step
+
+    def divisor(
+        self, loss: Tensor, outputs: Any, inputs: Mapping[str, Any], step_items: Tensor | float
+    ) -> Tensor | float:
+        """Give the count that a model's loss was divided by, learning which of the two it is; as :meth:`learn`.
+
+        Where a step is one micro-batch the two may be the same for ever: after some looks no more are waited for.
+        """
+        if self.over_step is None and self._looks < LOOKS:
+            self._looks += 1
+            self.learn(loss, outputs, inputs, step_items)
+        if self.over_step is not None:
+            return step_items if self.over_step else self.head.items(inputs)
+        with torch.no_grad():
+            total, own, items = self.head.losses(outputs, inputs).sum(), loss.detach(), self.head.items(inputs)
+            auxiliary = self.head.auxiliary(outputs)
+            own = own if auxiliary is None else own - auxiliary
+            return torch.where((total / items - own).abs() <= (total / step_items - own).abs(), items, step_items)
 
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count a batch's items as a uniform step does.

@@ -28,6 +28,7 @@ from hf_importance.run.pools import Pools
 from hf_importance.run.step import Step, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler
+from hf_importance.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,9 @@ class Run:
         # The items that a uniform step of so many examples would have counted.
         items = examples * self.ranks.averaged * self.state.items / self.state.examples
         self.objective.step_items = items
-        return self._handed((handed.batches, torch.full((), items, device=self.clock.device)))
+        device = self.clock.device
+        batches, count = self._handed((handed.batches, torch.full((), items, device=device)))
+        return [to_device(batch, device) for batch in batches], count  # as the Trainer's loader does
 
     def up_to_date_table(self) -> Table | None:
         """Give the table, if there is one, with all that was found in it; on several ranks as they last exchanged it.

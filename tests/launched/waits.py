@@ -1,0 +1,95 @@
+"""Run by ``tests/test_waits.py``: trains on the stand-in for a device, and writes down what made the host wait."""
+
+import collections
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toys
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from hf_importance import ImportanceTrainer
+
+FIRST, LAST, EXAMPLES = 24, 40, 128  # 16 steps are counted: one of them, where all are drawn, is judged
+
+
+class Counts(TrainerCallback):
+    def __init__(self, device):
+        self.device = device
+
+    def on_step_end(self, args, state, control, **kwargs):
+        device = self.device
+        if state.global_step == FIRST:
+            device.waits, device.behind = collections.Counter(), []
+            self.begun = device.operations
+        if state.global_step == LAST:
+            self.waits, device.waits = device.waits, None
+            self.operations = device.operations - self.begun
+
+
+def uneven(outputs, labels):
+    return 1.0 + 9.0 * (labels == 0).float()
+
+
+ON = {"importance_method": "presample", "presample_ratio": 3.0, "tau_threshold": 1 + 1e-9, "momentum": 0.0}
+WAYS = {
+    "plain": {},
+    "off": {**ON, "tau_threshold": 3.9},
+    "on": ON,
+    "on, cheapest pool": {**ON, "presample_ratio": "auto", "kappa": 0.05},
+    "history": {"importance_method": "history"},
+    "auto": {"importance_method": "auto", "kappa": 0.9},
+}
+
+
+def trained(folder, way, accumulation, callbacks, **settings):
+    """Train the toy this way, wherever the Trainer finds itself."""
+    ours = way != "plain"
+    common = {"max_steps": LAST + 2, "optim": "adamw_torch", "gradient_accumulation_steps": accumulation}
+    args = toys.arguments(folder, **common, logging_steps=1000, **settings, **WAYS[way])
+    trainer = (ImportanceTrainer if ours else Trainer)(
+        model=toys.bert(),
+        args=args,
+        train_dataset=toys.sentences(EXAMPLES),
+        callbacks=callbacks,
+        **({"compute_score_func": uneven} if ours else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def result(trainer):
+    """What it came to: the parameters, and how it was drawn."""
+    run = getattr(trainer, "_run", None)
+    drawn = {} if run is None else {"drawn": run.ledger.drawing(), "steps_on": run.state.steps_on}
+    return {
+        "parameters": sum(one.detach().double().square().sum().item() for one in trainer.model.parameters()),
+        **drawn,
+    }
+
+
+def main(folder, names):
+    import standin
+
+    device, found = standin.begin(), {}
+    for way in names or WAYS:
+        for accumulation in (1, 2):
+            counts = Counts(device)
+            # The Trainer's own batches are moved without a wait, so that no wait of ours hides behind theirs.
+            pinned = {"use_cpu": False, "dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}}
+            with device:
+                trainer = trained(folder, way, accumulation, [counts], **pinned)
+                assert next(trainer.model.parameters()).device.type == standin.NAME
+                found[f"{way}, {accumulation}"] = {
+                    "waits": [[*which, number] for which, number in counts.waits.items()],
+                    "behind": device.behind,
+                    "operations": counts.operations,
+                    **result(trainer),
+                }
+    Path(folder, "waits.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
