@@ -14,7 +14,7 @@ from hf_importance.values import check_choice
 
 Method = Literal["presample", "history", "auto", "observe"]
 Score = Literal["upper_bound", "loss"]
-ScoringDtype = Literal["bf16", "fp16", "fp32"]
+ScoringDtype = Literal["bf16", "fp16", "fp32", "auto"]
 BatchNorm = Literal["untouched", "frozen"]
 AUTO = "auto"  # follow the cost rule from the measured kappa
 
@@ -86,7 +86,7 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "Precision of the scoring forward pass, by autocast: 'bf16', 'fp16' or 'fp32'. By default that of "
-            "training."
+            "training; with 'auto' bf16 where that is measured to be cheaper."
         },
     )
     batch_norm: BatchNorm = field(

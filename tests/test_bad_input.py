@@ -24,7 +24,7 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
         ("tau_threshold", float("inf"), "tau_threshold must be a finite number above 1, but it is inf"),
         ("tau_threshold", "auto", "tau_threshold must be a finite number above 1, but it is auto"),
         ("importance_budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
-        ("scoring_dtype", "int8", "scoring_dtype must be one of None, 'bf16', 'fp16', 'fp32', but it is 'int8'"),
+        ("scoring_dtype", "int8", "one of None, 'bf16', 'fp16', 'fp32', 'auto', but it is 'int8'"),
         ("scoring_batch_size", 0, "scoring_batch_size must be at least 1, but it is 0"),
         ("importance_score", "entropy", "importance_score must be one of 'upper_bound', 'loss', but it is 'entropy'"),
         ("importance_score", "gradient_norm", "one of 'upper_bound', 'loss', but it is 'gradient_norm'"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from datasets import Dataset
+from test_history import ALONE
 from transformers import DataCollatorWithPadding
 
 from hf_importance import ImportanceTrainer, Pool, Presample
@@ -13,6 +14,7 @@ from hf_importance.batches.lengths import sort_by_length
 from hf_importance.batches.pool import Padding, PooledBatches
 from hf_importance.heads.choose import head_of
 from hf_importance.heads.tasks import ClassificationHead
+from hf_importance.objective import precision
 from hf_importance.objective.scorer import Scorer, autocast_to
 
 HEAD = ClassificationHead("single_label_classification", 4, 0.0)
@@ -177,6 +179,94 @@ def test_scoring_has_its_own_precision_whatever_training_uses(tmp_path, training
     assert trainer.model(**data[:4]).logits.dtype == torch.float32
     with autocast_to(trainer.model, None):
         assert vars(trainer.model).get("forward") is forward
+
+
+class Clocked:
+    """Says how much time has passed: a pass in training's precision takes 3, one in bf16 so much."""
+
+    def __init__(self, bf16):
+        self.now, self.bf16, self.scorer = 0.0, bf16, None
+
+    def process_time(self):
+        return self.now
+
+    def score(self):
+        self.now += self.bf16 if self.scorer.dtype == "bf16" else 3.0
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(2.0, "bf16"), (2.9, "training"), (9.0, "training")])
+def test_the_cheaper_precision_is_taken_where_it_is_cheaper(monkeypatch, bf16, chosen):
+    clock = Clocked(bf16)
+    monkeypatch.setattr(precision, "time", clock)
+    scorer = clock.scorer = Scorer(lambda: None, HEAD)
+    tries = precision.Precision(scorer, ALONE, torch.device("cpu"), "bf16")
+    for step in range(precision.TRIES + 1):
+        assert not tries.known, step
+        assert scorer.dtype is None
+        tries.try_out(clock.score)
+    assert tries.known
+    assert tries.chosen == chosen
+    assert scorer.dtype == (None if chosen == "training" else "bf16")
+    before = clock.now
+    tries.try_out(clock.score)
+    assert clock.now == before
+    again = precision.Precision(Scorer(lambda: None, HEAD), ALONE, torch.device("cpu"), "bf16")
+    again.choose(chosen)
+    assert again.known
+
+
+def test_a_run_measures_its_precision_and_a_resumed_one_knows_it(tmp_path, caplog):
+    data, settings = toys.sentences(64), {"scoring_dtype": "auto", "max_steps": 10}
+    with caplog.at_level("INFO", "hf_importance"):
+        trainer = toys.run(
+            ImportanceTrainer,
+            toys.bert(),
+            toys.always_on(tmp_path, save_steps=8, save_strategy="steps", **settings),
+            data,
+        )
+        chosen = trainer._run.state.scoring_dtype
+        assert chosen in ("bf16", "training")
+        assert trainer._run.pools.scorer.dtype == (None if chosen == "training" else "bf16")
+        again = ImportanceTrainer(model=toys.bert(), args=toys.always_on(tmp_path, **settings), train_dataset=data)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again._run.state.scoring_dtype == chosen
+    assert sum("Scoring in bf16 takes" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_nothing_is_tried_where_training_has_the_cheaper_precision():
+    assert precision.cheaper_than(toys.bert(), True, torch.device("cpu")) is None
+    assert precision.cheaper_than(toys.bert().bfloat16(), False, torch.device("cpu")) is None
+    assert precision.cheaper_than(toys.bert(), False, torch.device("cpu")) == "bf16"
+
+
+class Widths(ImportanceTrainer):
+    """Keeps what it trains on."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._run is not None and self._run.step.kind == "pool":
+            self.__dict__.setdefault("drawn", []).extend(batches)
+        return batches, items
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("ratio", [3.0, "auto"])
+def test_a_drawn_batch_is_no_wider_than_its_longest_row(tmp_path, ratio, multiple):
+    data = Dataset.from_list(texts(96))
+    args = toys.always_on(
+        tmp_path, max_steps=12, presample_ratio=ratio, importance_budget="constant_variance", kappa=0.1
+    )
+    collator = DataCollatorWithPadding(Tokenizer(), pad_to_multiple_of=multiple)
+    trainer = toys.run(Widths, toys.bert(), args, data, data_collator=collator)
+    assert len(trainer.drawn) > 5
+    narrower = 0
+    for batch in trainer.drawn:
+        longest = int(batch["attention_mask"].sum(1).max())
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        limit = longest if multiple is None else -(-longest // multiple) * multiple
+        assert longest <= batch["input_ids"].shape[1] <= limit
+        narrower += longest < 30
+    assert narrower  # there are some that are not as wide as the widest of a pool
 
 
 def test_low_precision_hardly_moves_the_distribution():

@@ -32,6 +32,7 @@ VALID = {
         "items": 80.0,
         "examples": 80.0,
         "proven": True,
+        "scoring_dtype": None,
     },
     "totals": {
         "examples_scored": 0,

@@ -103,7 +103,7 @@ def scorer_of(trainer: Trainer, head: Head, settings: ImportanceArguments, score
         head,
         score,
         settings.scoring_batch_size,
-        settings.scoring_dtype,
+        None if settings.scoring_dtype == "auto" else settings.scoring_dtype,
         SlicedHead(trainer.accelerator.unwrap_model(trainer.model), head) if sliceable else None,
         compile if args.torch_compile and not sharded else None,
     )

@@ -13,8 +13,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hf_importance.checkpoint.schema import COUNT, number
+from hf_importance.checkpoint.schema import COUNT, choice, number, optional
 from hf_importance.objective.loss import Objective
+from hf_importance.objective.precision import AS_TRAINING
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
@@ -44,6 +45,8 @@ class RunState:
     items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
     examples: Annotated[float, _SUM] = 0.0  # examples in them
     proven: bool = False  # whether the loss was seen to be what its head says, and never not to be
+    # What scoring was measured to be cheapest in, where that is measured.
+    scoring_dtype: Annotated[str | None, optional(choice("bf16", "fp16", AS_TRAINING))] = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ from hf_importance.batches.pool import PooledBatches, keep_own, not_rows, stand_
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.visits import Order, visit_batches
 from hf_importance.objective.loss import Objective
+from hf_importance.objective.precision import Precision
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, Totals
@@ -61,6 +62,7 @@ class Pools:
         facts: What the sampler knows.
         report: Counts it.
         prepare: Moves a batch to the device, as the Trainer does.
+        precision: In which it scores.
         prepares: Whether the user's code does more in it, so that what is trained on must not pass it twice.
         waits_in_passes: Whether the model is sharded over ranks, which wait for each other in each forward pass.
     """
@@ -74,6 +76,7 @@ class Pools:
     facts: Facts
     report: Report
     prepare: Callable[[Any], Any]
+    precision: Precision
     prepares: bool
     waits_in_passes: bool
 

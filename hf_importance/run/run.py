@@ -103,13 +103,16 @@ class Run:
                 self.commit()
                 if self.watch.barred is None:
                     return self._visit(count)
-        self.clock.begin_step(self.sampler.timed)
+        self.clock.begin_step(self.sampler.timed and self.pools.precision.known)
         batches, items = own(iterator)
         if not batches:
             return batches, items
         planned = self._plan(self._counted(batches)) if self.watch.barred is None else None
         if self.watch.barred is not None:
             return self._plainly(batches, items)
+        if self.state.proven:
+            self.pools.precision.try_out(lambda: self.pools.probe(batches[0]))
+            self.state.scoring_dtype = self.pools.precision.chosen
         if planned is None:
             return self._as_they_came(batches, items)
         step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True))

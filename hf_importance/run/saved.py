@@ -219,6 +219,7 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
             " ".join(changed),
         )
     run.ledger.state = from_state(RunState, saved["run"], "run")
+    run.pools.precision.choose(run.state.scoring_dtype)
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:
         run.objective.scale.over_step = saved["loss_over_step"]

@@ -25,6 +25,7 @@ from hf_importance.checks import stands_in_the_way, unknown_head
 from hf_importance.heads.head import Head
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.model import alive, scorer_of
+from hf_importance.objective.precision import Precision, cheaper_than
 from hf_importance.ranks import Ranks, ranks_of
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
@@ -151,6 +152,8 @@ def start(
     )
     sharded, report = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, Report(ranks.sum)
     scorer = scorer_of(trainer, head, settings, sampler.score if score is None else score, sharded)
+    tried, mixed = settings.scoring_dtype == "auto", trainer.accelerator.mixed_precision not in (None, "no")
+    cheaper = cheaper_than(trainer.model, mixed, args.device) if tried else None
     hooks = sorted({*own_code[0], *own_code[1]})
     said = (
         f"{type(trainer).__name__} overrides {', '.join(hooks)}" if hooks else "no hook of the Trainer is overridden"
@@ -165,6 +168,7 @@ def start(
         facts,
         report,
         prepare=lambda batch: alive(this)._prepare_inputs(batch),
+        precision=Precision(scorer, ranks, args.device, cheaper),
         prepares="_prepare_inputs" in hooks,
         waits_in_passes=ranks.size > 1 and sharded,
     )

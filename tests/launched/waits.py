@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
 
-FIRST, LAST, EXAMPLES = 24, 40, 128  # 16 steps are counted: one of them, where all are drawn, is judged
+FIRST, LAST, EXAMPLES = 16, 24, 64  # of the steps that are counted one, where all are drawn, is judged
 
 
 class Counts(TrainerCallback):
