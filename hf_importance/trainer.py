@@ -133,6 +133,8 @@ class ImportanceMixin(Trainer):
         try:
             if self._run is None:
                 return super().training_step(model, inputs, *args, **kwargs)
+            if self._run.watch.leaves_out():
+                return torch.zeros((), device=self.args.device)
             with self._run.watch.training_on(inputs):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._run.watch.returned(loss)

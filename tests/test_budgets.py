@@ -1,5 +1,6 @@
 """Fewer examples a step leave the gradient what it was; which are scored and kept follows the cost rule."""
 
+import functools
 import itertools
 import logging
 import math
@@ -10,7 +11,7 @@ import torch
 import toys
 
 from hf_importance import ImportanceTrainer
-from hf_importance.batches.pool import Padding, PooledBatches, keep_own, stand_for
+from hf_importance.batches.pool import Padding, PooledBatches, stand_for
 from hf_importance.heads.tasks import ClassificationHead
 from hf_importance.theory.costs import plan
 from hf_importance.theory.sampling import inclusion_probabilities
@@ -40,53 +41,42 @@ def skewed(outputs, labels):
     return (torch.arange(len(labels)) % 8 == 0).float()
 
 
-def test_the_gradient_of_a_smaller_batch_is_unbiased_over_every_outcome(tmp_path):
-    # Two micro-batches of one step, own batches of 3 and 2 examples, pools of 5 and 4; rounding keeps 2 and 1 of them,
-    # so not the same share. In float64, over all orders and offsets.
+@pytest.mark.parametrize("filled", [1, 2], ids=lambda n: f"{n}_batches")
+def test_the_gradient_of_a_smaller_batch_is_unbiased_over_every_outcome(tmp_path, filled):
+    # Two micro-batches of one step, own batches of 2 and 1 examples and a pool of 6; 2 are kept, gathered in one batch
+    # or trained on one by one. In float64, over all orders and offsets.
     model = toys.bert().double()
     trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
     data = toys.sentences(seed=3)
-    pools = [
-        PooledBatches([data[0:3], data[3:5]], Padding()),
-        PooledBatches([data[5:7], data[7:9]], Padding()),
-    ]
+    pool = PooledBatches([data[0:2], data[2:3], data[3:5], data[5:6]], Padding())
+    own, share, kept = 3, 2 / 3, 2
     head = ClassificationHead("single_label_classification", 4, 0.0)
-    share = 0.6
 
-    def gradient(batch, items):
+    def gradient(batches, items):
         trainer._objective.step_items = items
         model.zero_grad()
-        trainer.compute_loss(model.train(), batch).backward()
+        for batch in batches:
+            trainer.compute_loss(model.train(), batch).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
 
-    counts = [torch.tensor([len(batch["labels"]) for batch in pool.batches], dtype=torch.float64) for pool in pools]
-    pairs = list(zip(counts, pools, strict=True))
-    total_items = sum(float(count.sum()) * pool.sizes[0] / len(pool) * share for count, pool in pairs)
-    found, expected = 0.0, 0.0
-    for pool, kept in zip(pools, (2, 1), strict=True):
-        every = pool.take(torch.arange(len(pool)))[0]
-        inputs = {k: v for k, v in every.items() if k != "labels"}
-        scores = head.upper_bound(model(**inputs), every).double()
-        pi = inclusion_probabilities(scores, kept)
-        for order in itertools.permutations(range(len(pool))):
-            for p, drawn in reference.systematic_outcomes(pi.tolist(), list(order)):
-                index = torch.tensor(drawn)
-                outcome, _ = stand_for(pool, index, kept / (len(pool) * pi[index]), share)
-                found = found + p / math.factorial(len(pool)) * gradient(outcome, total_items)
-        # A uniform step of 3 and 2 examples: the mean over the pool, as often as the own batch has examples.
-        ones = torch.ones(len(pool), dtype=torch.float64)
-        uniform, _ = stand_for(pool, torch.arange(len(pool)), ones, share=1.0)
-        expected = expected + gradient(uniform, 5.0)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    every = pool.take(torch.arange(len(pool)))[0]
+    scores = head.upper_bound(model(**{k: v for k, v in every.items() if k != "labels"}), every).double()
+    pi = inclusion_probabilities(scores, kept)
 
+    @functools.cache
+    def of(drawn):
+        rows = torch.tensor(drawn)
+        weights, scale = kept / (len(pool) * pi), share * own / kept
+        batches = [stand_for(pool, part, weights[part], scale)[0] for part in rows.tensor_split(filled)]
+        return gradient(batches, own * share)
 
-def test_a_non_finite_step_has_the_same_scale(tmp_path):
-    model = toys.bert()
-    trainer = ImportanceTrainer(model=model, args=toys.arguments(tmp_path), train_dataset=toys.sentences())
-    data = toys.sentences(seed=3)
-    own, _ = keep_own(PooledBatches([data[0:3], data[3:5]], Padding()), share=0.4)
-    trainer._objective.step_items = 3 * 0.4
-    torch.testing.assert_close(trainer.compute_loss(model.train(), own), model(**data[0:3]).loss)
+    found = 0.0
+    for order in itertools.permutations(range(len(pool))):
+        for p, drawn in reference.systematic_outcomes(pi.tolist(), list(order)):
+            found = found + p / math.factorial(len(pool)) * of(tuple(sorted(drawn)))
+    # A uniform step of 3 examples: the mean over the pool, as often as the own batches have examples.
+    uniform, _ = stand_for(pool, torch.arange(len(pool)), torch.ones(len(pool)), scale=own / len(pool))
+    torch.testing.assert_close(found, gradient([uniform], float(own)), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("budget", ["variance", "constant_variance", "constant_time"])

@@ -241,35 +241,23 @@ def has_columns(name: str, value: Any, columns: int) -> bool:
 
 
 def stand_for(
-    pool: PooledBatches, rows: Tensor, weights: Tensor, share: float, width: int | None = None
+    pool: PooledBatches, rows: Tensor, weights: Tensor, scale: float, width: int | None = None
 ) -> tuple[dict[str, Any], Tensor]:
-    """Make the batch of kept examples that stands for the Trainer's own batch, the first of the pool.
+    """Make a batch of kept examples.
 
     Args:
         pool: The examples.
-        rows: Which of them are kept, int64, shape ``(n,)``; on the CPU.
-        weights: Their importance weights, which leave the mean over them unbiased, shape ``(n,)``.
-        share: Share of a batch that the optimizer step keeps, the same for all its batches and ranks, by which its
-            item count is multiplied too. Rounding makes of it ``n / b``, which differs where batches differ in size;
-            the loss weighs each batch by ``b`` all the same, as the uniform step does.
+        rows: Which of them, int64, shape ``(n,)``; on the CPU.
+        weights: Their importance weights, which leave the mean over all that is kept unbiased, shape ``(n,)``.
+        scale: What the loss of each is multiplied by beside: examples of the own batches over those that are kept,
+            times the share that the step keeps, the same on all ranks, by which its item count is multiplied too.
         width: As for :meth:`PooledBatches.take`.
 
     Returns:
         The batch, with its entry ``importance_weights``, on the device; and the weights of its rows, on the CPU,
-        without the share, float32, shape ``(n,)``.
+        without the scale, float32, shape ``(n,)``.
     """
     batch, order = pool.take(rows, width)
     weights = weights[order].float()
-    return _weighted(batch, weights * (share * pool.sizes[0] / len(rows))), weights
-
-
-def keep_own(pool: PooledBatches, share: float) -> tuple[dict[str, Any], Tensor]:
-    """Keep the Trainer's own batch of a pool, each example with weight 1; as :func:`stand_for`."""
-    weights = torch.ones(pool.sizes[0])
-    return _weighted(pool.batches[0], weights * share), weights
-
-
-def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:
-    on_device = to_device(weights, first_of(batch).device)
-    given = batch.get(WEIGHTS)
-    return {**batch, WEIGHTS: on_device if given is None else given * on_device}
+    on_device, given = to_device(weights * scale, first_of(batch).device), batch.get(WEIGHTS)
+    return {**batch, WEIGHTS: on_device if given is None else given * on_device}, weights

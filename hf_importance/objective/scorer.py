@@ -180,9 +180,9 @@ class Scorer:
             return self.batch_size
         return batch_size * (1 if in_lengths else 2)
 
-    def passes(self, examples: int, pool: PooledBatches, batch_size: int, varies: bool) -> int:
-        """Forward passes that scoring a pool of so many examples takes."""
-        batches = 1 + -(-(examples - batch_size) // batch_size)
+    def passes(self, examples: int, count: int, pool: PooledBatches, batch_size: int, varies: bool) -> int:
+        """Forward passes that scoring ``count`` pools of so many examples each takes."""
+        batches = count * -(-examples // batch_size)
         return math.ceil(batch_size * batches / (self.largest_pass(pool.in_lengths, batch_size, varies) or batch_size))
 
     def __call__(self, pool: PooledBatches, size: int | None = None, passes: int = 0) -> Tensor:

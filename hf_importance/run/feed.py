@@ -201,13 +201,13 @@ class Feed:
 
     # ---- Pools ----
 
-    def rest_of(self, pool: Pool, iterator: Iterator[Any]) -> list[Any]:
-        """Give the batches that complete one pool: from the reserve, or from the stream where the dataset is one."""
+    def rest_of(self, pool: Pool, count: int, iterator: Iterator[Any]) -> list[Any]:
+        """Give the batches that complete ``count`` pools: from the reserve, or from a stream where the data is one."""
         size = self._batch_size
         if pool.size <= size:
             return []
         if self.streaming:
-            return list(itertools.islice(iterator, -(-(pool.size - size) // size)))
+            return list(itertools.islice(iterator, count * -(-(pool.size - size) // size)))
         data, drawn_from = self.loader.dataset, self.population
         sizes = reserve_sizes(size, None if pool.varies else pool.size, len(drawn_from or data))
         if self._reserve is None:
@@ -224,7 +224,7 @@ class Feed:
                 "Pool(..., varies=True)."
             )
         wanted = (pool.size - size) // reserve_unit(size) if pool.varies else len(sizes)
-        return self._reserve.take(wanted)
+        return self._reserve.take(wanted * count)
 
     def in_passes(self, rest: list[Any]) -> list[Any]:
         """Split what completes a pool, still on the host, into what a forward pass scores; texts by their length."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_importance.batches.entries import batch_size_of, without_index
 from hf_importance.batches.lengths import lengths_of
-from hf_importance.batches.pool import PooledBatches, keep_own, not_rows, stand_for
+from hf_importance.batches.pool import PooledBatches, merge_rows, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.visits import Order, visit_batches
 from hf_importance.objective.loss import Objective
@@ -87,27 +87,23 @@ class Pools:
             The micro-batches, and the items that their loss is divided by; where the step has a problem, on this rank
             or another, nobody trains on them.
         """
-        share = planned.kept / self.facts.batch_size
-        pools: list[PooledBatches] = []
-        raw: list[PooledBatches] = []
-        indices: list[Tensor] = []
+        count, own = len(batches), sum(map(batch_size_of, batches))
+        # Of the micro-batches, those that are trained on; the same on all ranks, which wait for each other in them.
+        filled = math.ceil(planned.kept * count / self.facts.batch_size - 1e-9) if self.facts.gathered > 1 else count
         with self.report.scoring():
-            for batch in batches:
-                rest = self.feed.rest_of(planned, iterator)
-                parts = [without_index(part)[0] for part in [batch, *rest]]
-                step.problem = step.problem or not_rows(parts, [self.objective.rows_in(part) for part in parts])
-                if step.problem is not None:
-                    break
-                pool = [without_index(part) for part in [batch, *self.feed.in_passes(rest)]]
-                indices += [index for _, index in pool if index is not None]
-                given = PooledBatches([to_device(part, self.clock.device) for part, _ in pool], self.feed.padding)
-                pools.append(PooledBatches([self.prepare(part) for part in given.batches], self.feed.padding))
-                raw.append(given if self.prepares else pools[-1])
+            rest = self.feed.rest_of(planned, count, iterator)
+            parts = [without_index(part)[0] for part in [*batches, *rest]]
+            step.problem = step.problem or not_rows(parts, [self.objective.rows_in(part) for part in parts])
             step.place = self.feed.where()
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
-            with self.clock.scoring(lambda: sum(map(len, pools)), share):
-                return self._keep(step, planned, pools, raw, indices, share)
+            split = [without_index(part) for part in [*batches, *self.feed.in_passes(rest)]]
+            raw = PooledBatches([to_device(part, self.clock.device) for part, _ in split], self.feed.padding)
+            pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
+            indices = [index for _, index in split if index is not None]
+            index = torch.cat(indices) if indices else None
+            with self.clock.scoring(lambda: len(pool), planned.kept * count / (filled * self.facts.batch_size)):
+                return self._keep(step, planned, pool, raw if self.prepares else pool, index, count, own, filled)
 
     def _in_the_way(self, step: Step) -> bool:
         """Whether a rank found, before it scores, that it cannot; where ranks score apart they hear of it later."""
@@ -123,98 +119,91 @@ class Pools:
         self,
         step: Step,
         planned: Pool,
-        pools: list[PooledBatches],
-        raw: list[PooledBatches],
-        indices: list[Tensor],
-        share: float,
+        pool: PooledBatches,
+        given_back: PooledBatches,
+        index: Tensor | None,
+        count: int,
+        own: int,
+        filled: int,
     ) -> tuple[list, Tensor]:
         # Where resuming, the Trainer loads the random state behind this: scoring must not move it.
         with isolated_rng(key_to_seed(self.facts.seed, self.ranks.rank, self.facts.step(), 7)):
-            scores, items, lengths = self._score(step, planned, pools)
-        index = torch.cat(indices) if indices else None
-        sizes = tuple(len(pool) for pool in pools)
-        seen = step.pool = Scored(scores, index, pools[0].sizes[0], 0, torch.ones_like(scores), sizes)
+            scores, items, lengths = self._score(step, planned, pool, count)
+        seen = step.pool = Scored(scores, index, own, 0, torch.ones_like(scores), (len(pool),))
         # What a uniform step would have counted in expectation, and what the own batches count.
-        shares = sum(float(n.sum()) * pool.sizes[0] / len(pool) for pool, n in zip(pools, items, strict=True))
-        counts = [shares, sum(float(n[0]) for n in items)]
+        counts = [float(items.sum()) * own / len(pool), float(items[:count].sum())]
         # The one collective of an importance step: what will be learned from it, and its items.
-        found = [*figures(self.sampler, seen), 0.0, float(torch.cat(items).sum()), float(len(scores))]
+        found = [*figures(self.sampler, seen), 0.0, float(items.sum()), float(len(scores))]
         bad = self.ranks.averaged == 1 < self.ranks.size and counts[0] == 0
-        expected, own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
+        expected, of_own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
         step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else step.problem
         step.blocked = blocked > 0
         if step.blocked:
             return [], torch.tensor(0)
         finite = math.isfinite(step.sums[1]) and math.isfinite(step.sums[2])
-        if not finite:
-            self.clock.whole_batch()  # all of the own batch is trained on
-        drawn, trained = [], []
-        for micro, (pool, given_back) in enumerate(zip(pools, raw, strict=True)):
-            part = slice(sum(sizes[:micro]), sum(sizes[: micro + 1]))
-            rows, weights = torch.arange(pool.sizes[0]), torch.ones(pool.sizes[0])
-            if finite:
-                rows, weights = self._rows(seen, part, pool.sizes[0], share, micro)
-                # A user's _prepare_inputs may have made other columns.
-                width = None if self.prepares or not lengths else int(lengths[micro][rows].max())
-                batch, given = stand_for(given_back, rows, weights, share, width)
-            else:
-                batch, given = keep_own(given_back, share)
+        share = planned.kept / self.facts.batch_size
+        if finite:
+            rows, weights = self._rows(seen, max(round(share * own), filled), filled)
+        else:
+            self.clock.whole_batch()  # all of the own batches is trained on
+            rows, weights, filled = torch.arange(own), torch.ones(own), count
+        step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double()
+        drawn = []
+        # Texts of alike length together. What each is multiplied by is that of the step, whichever batch it is in.
+        order = rows.argsort(stable=True) if lengths is None else lengths[rows].argsort(stable=True)
+        sizes = [len(part) for part in order.tensor_split(filled)] if finite else given_back.sizes[:count]
+        for part in (order if finite else rows).split(sizes):
+            # A user's _prepare_inputs may have made other columns.
+            width = None if self.prepares or lengths is None else int(lengths[rows[part]].max())
+            batch, given = stand_for(given_back, rows[part], weights[part], share * own / len(rows), width)
             drawn.append(batch)
-            trained.append(torch.zeros(len(pool)).index_add_(0, rows, weights.float()))
             self.report.weights(given)
-            step.counts.examples_trained += len(rows)
-            step.counts.examples_distinct += len(rows.unique())
-            step.counts.examples_saved += pool.sizes[0] - len(rows)
-            step.counts.examples_scored += len(pool)
-        step.trained = torch.cat(trained).double()
-        step_items = share * ([expected, own] if self.ranks.averaged > 1 else counts)[0 if finite else 1]
+        step.left_out = count - filled
+        step.counts = Totals(
+            examples_scored=len(pool),
+            examples_trained=len(rows),
+            examples_distinct=len(rows.unique()),
+            examples_saved=own - len(rows),
+        )
+        step_items = share * ([expected, of_own] if self.ranks.averaged > 1 else counts)[0 if finite else 1]
         if step_items == 0 and self.ranks.averaged == self.ranks.size:
             step.problem, step.blocked = NO_ITEMS.format(step=self.facts.step() + 1), True
         step_items = step_items or 1.0  # else all of a rank's own labels are ignored, and its loss is 0
         self.objective.step_items = step_items
-        return drawn, torch.full((), step_items, device=self.clock.device)
+        nothing = [merge_rows(drawn[:1], [slice(0, 0)], self.feed.padding)] * step.left_out
+        return [*nothing, *drawn], torch.full((), step_items, device=self.clock.device)
 
-    def _rows(self, seen: Scored, part: slice, own: int, share: float, micro: int) -> tuple[Tensor, Tensor]:
-        """Let the sampler keep rows of one pool."""
-        scores = seen.scores[part]
+    def _rows(self, seen: Scored, kept: int, fewest: int) -> tuple[Tensor, Tensor]:
+        """Let the sampler keep rows of what was scored, as many as there are batches at least."""
+        scores = seen.scores
         if callable(self.scorer.score):  # a user's: where it is zero the gradient may be none the less
             scores = scores + FLOOR * scores.mean()
-        pool = Scored(
-            scores,
-            None if seen.index is None else seen.index[part],
-            own,
-            max(round(share * own), 1),
-            seen.weights[part],
-            (len(scores),),
-            generator=self.facts.generator(self.ranks.rank, self.facts.step(), micro, 2),
-        )
-        return self.sampler.keep(pool)
+        generator = self.facts.generator(self.ranks.rank, self.facts.step(), 0, 2)
+        rows, weights = self.sampler.keep(replace(seen, scores=scores, kept=kept, generator=generator))
+        missing = max(fewest - len(rows), 0)  # ranks wait for each other in each batch, so none may be empty
+        return torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)])
 
     def _score(
-        self, step: Step, planned: Pool, pools: list[PooledBatches]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Give the scores of all pools together, the items of each batch of each, and where texts end, if anywhere.
+        self, step: Step, planned: Pool, pool: PooledBatches, count: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Give the scores of a pool, the items of each of its batches, and where its texts end, if anywhere.
 
-        All are float64, on the CPU.
+        All are on the CPU, the first two float64.
         """
         scale, scorer, batch_size = self.objective.scale, self.scorer, self.facts.batch_size
         assert scale is not None
         # A stream may end sooner on one rank than on another, and a sharded model waits in each pass for all.
         waits = self.waits_in_passes and self.feed.streaming
-        passes = scorer.passes(planned.size, pools[0], batch_size, planned.varies) if waits else 0
-        scores = [scorer(p, scorer.largest_pass(p.in_lengths, batch_size, planned.varies), passes) for p in pools]
-        batches = [batch for pool in pools for batch in pool.batches]
-        items = torch.stack([scale.items(batch) for batch in batches])
-        lengths = [lengths_of(batch, self.feed.padding) for batch in batches]
+        passes = scorer.passes(planned.size, count, pool, batch_size, planned.varies) if waits else 0
+        scores = scorer(pool, scorer.largest_pass(pool.in_lengths, batch_size, planned.varies), passes)
+        items = torch.stack([scale.items(batch) for batch in pool.batches])
+        lengths = [lengths_of(batch, self.feed.padding) for batch in pool.batches]
         known = [one for one in lengths if one is not None]
         # The one wait for the device of an importance step: all comes to the host together.
-        step.send([*scores, items, *(known if len(known) == len(lengths) else [])])
-        found = step.read()
-        on_host, counts, ends = torch.cat(found[: len(pools)]), found[len(pools)], found[len(pools) + 1 :]
+        step.send([scores, items, *(known if len(known) == len(lengths) else [])])
+        on_host, counts, *ends = step.read()
         scorer.check(on_host)
-        sizes = [len(pool) for pool in pools]
-        ends = list(torch.cat(ends).long().split(sizes)) if ends else []
-        return on_host, list(counts.split([len(pool.sizes) for pool in pools])), ends
+        return on_host, counts, torch.cat(ends).long() if ends else None
 
     def probe(self, batch: Any) -> int:
         """Score a batch for its time alone; a model that draws random numbers when it scores leaves no trace.

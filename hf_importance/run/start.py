@@ -132,6 +132,8 @@ def start(
         examples=None if streaming else len(loader.dataset),
         batch_size=batch_size,
         accumulation=accumulation,
+        # Not where the user's own training_step meets every batch, nor DeepSpeed, which counts its backward passes.
+        gathered=1 if "training_step" in own_code[0] or trainer.is_deepspeed_enabled else accumulation,
         micro_batches=micro_batches,
         updates=updates,
         fewest=objective.fewest,

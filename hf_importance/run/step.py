@@ -57,6 +57,7 @@ class Step:
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
         micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
         rows: Examples in each.
+        left_out: The first so many are trained on not at all: what was kept is gathered in the others.
         proves: Whether the loss of this step is held against its head.
         judged: Whether the outcome is read.
         evidence: What came of it: of steps that read none, and of each micro-batch.
@@ -88,6 +89,7 @@ class Step:
     sums: list[float] | None = None
     micro: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    left_out: int = 0
     proves: bool = False
     judged: bool = True
     evidence: list[Evidence] = field(default_factory=list)
@@ -119,7 +121,7 @@ class Step:
             return self.problem
         if self.losses == 0:
             return f"the loss is computed past ours ({own_code}): call super()"
-        if self.begun != len(self.micro) or self.losses != self.begun:
+        if self.begun != len(self.micro) or self.losses != self.begun - self.left_out:
             return (
                 f"a step has {len(self.micro)} micro-batches, and {self.begun} training steps with {self.losses} "
                 f"losses were made of them ({own_code})"
@@ -210,6 +212,15 @@ class Watch:
         self._evidence += step.evidence[evidence:]
         self._differs += [] if step.late is not None else step.differs[differs:]
         return step.judged
+
+    def leaves_out(self) -> bool:
+        """Whether the micro-batch whose training step begins is left out; then this was all of it."""
+        step = self.step
+        if step is None or step.begun >= step.left_out:
+            return False
+        step.begun += 1
+        step.returned.append(None)
+        return True
 
     @contextlib.contextmanager
     def training_on(self, inputs: Any) -> Iterator[None]:

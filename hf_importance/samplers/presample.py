@@ -46,6 +46,8 @@ class Presample(Sampler):
         resampling: ``"systematic"`` (without replacement) or ``"multinomial"`` (with, as the paper has it).
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
         kappa: Cost of scoring an example over that of training one, where it is known; None: measured.
+        fewest: A micro-batch that is trained on holds at least so many examples, or all of a batch: what keeps the
+            device busy.
         on_below: Price below which it goes on.
         off_above: Price above which it goes off.
     """
@@ -59,6 +61,7 @@ class Presample(Sampler):
     resampling: Resampling = "systematic"
     bias: float = 1.0
     kappa: float | None = None
+    fewest: int = 1
     on_below: float = 1.0
     off_above: float = TOLERATED_PRICE
 
@@ -81,6 +84,7 @@ class Presample(Sampler):
         check_range("bias", self.bias, 0, 1, "At 1, the default, the gradient is unbiased.")
         if self.kappa is not None:
             check_range("kappa", self.kappa, 0, 1, "It is what scoring costs over training.", open_low=True)
+        check_range("fewest", self.fewest, 1, math.inf, "1 is the default.")
         check_choice("resampling", self.resampling, get_args(Resampling))
         if self.budget is None:
             self.budget = "constant_variance" if self.ratio is None else "variance"
@@ -133,7 +137,8 @@ class Presample(Sampler):
             clock.overhead or 0.0,
             unit=run.batch_size if run.examples is None else reserve_unit(run.batch_size),
             largest=run.examples,
-            smallest=run.fewest,
+            smallest=max(run.fewest, self.fewest),
+            gathered=run.gathered,
         )
 
     def price(self) -> float:
@@ -156,7 +161,7 @@ class Presample(Sampler):
             self._warned = True
             logger.warning(
                 "Scoring %d examples takes as long as training on %.1f (kappa %.3f), so importance_budget="
-                "'constant_time' cannot be kept: %d of %d examples are trained on. Lower presample_ratio, or make it "
+                "'constant_time' cannot be kept: %g of %d examples are trained on. Lower presample_ratio, or make it "
                 "'auto'.",
                 planned.pool,
                 planned.pool * self.run.clock.kappa,

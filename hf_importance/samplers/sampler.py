@@ -50,16 +50,16 @@ class Visits:
 
 @dataclass(frozen=True)
 class Pool:
-    """Complete each micro-batch to a pool, score it, and keep a part.
+    """Complete each micro-batch to a pool, score the pools of a step together, and keep a part of them.
 
     Attributes:
-        size: Examples of a pool, ``B``; the batch size at least.
-        kept: Of a whole batch, about how many are trained on, ``n``, in ``[1, b]``.
+        size: Examples for each micro-batch, ``B``; the batch size at least.
+        kept: For each whole micro-batch, about how many are trained on, ``n``, in ``(0, b]``.
         varies: Whether ``size`` changes from step to step; the reserve then comes in quarters of a batch.
     """
 
     size: int
-    kept: int
+    kept: float
     varies: bool = False
 
 
@@ -70,8 +70,8 @@ class Scored:
     Attributes:
         scores: Non-negative, float64, shape ``(B,)``.
         index: Which examples of the training set, int64, shape ``(B,)``, where the sampler remembers; else None.
-        own: The first of them are the Trainer's own batch, so many.
-        kept: In ``keep``: how many to keep in place of them, rounded, at least 1.
+        own: The first of them are the Trainer's own, so many.
+        kept: In ``keep``: how many to keep in place of them, rounded, at least 1 for each batch that is trained on.
         weights: How many uniformly drawn examples each stands for, of mean 1; float64, shape ``(B,)``.
         parts: Sizes of the pools, or of the micro-batches, that it is made of.
         kind: In ``measure``: ``"batch"`` (uniform steps), ``"pool"`` or ``"visits"``.
@@ -96,6 +96,8 @@ class Facts:
         examples: Of the training set; None for a stream.
         batch_size: Of a micro-batch on each rank, ``b``.
         accumulation: Micro-batches of an optimizer step.
+        gathered: Micro-batches of a step whose kept examples are gathered into as few as hold them, the others being
+            left out: ``accumulation``, or 1 where each is trained on.
         micro_batches: Of an epoch, on each rank; 0 for a stream.
         updates: Optimizer steps of an epoch; 0 for a stream.
         fewest: Examples that a micro-batch should keep at least (BatchNorm needs some to normalise by).
@@ -120,6 +122,7 @@ class Facts:
     examples: int | None
     batch_size: int
     accumulation: int
+    gathered: int
     micro_batches: int
     updates: int
     fewest: int

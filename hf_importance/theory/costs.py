@@ -50,12 +50,12 @@ class Plan:
 
     Attributes:
         pool: ``B``, at least the batch.
-        kept: ``n``, in ``[1, b]``.
+        kept: ``n``, in ``(0, b]``; a multiple of one over the batches that it is gathered from.
         cost: Predicted, relative to a uniform step: ``(kappa * B + n) / b``, and more where there is an overhead.
     """
 
     pool: int
-    kept: int
+    kept: float
     cost: float
 
 
@@ -111,6 +111,7 @@ def plan(
     unit: int = 1,
     largest: int | None = None,
     smallest: int = 1,
+    gathered: int = 1,
 ) -> Plan:
     """Say how many examples to score and to keep in one step.
 
@@ -125,17 +126,22 @@ def plan(
         overhead: α, share of a uniform step's time that does not shrink with its examples, in ``[0, 1)``.
         unit: With the best ratio: ``B`` is ``b`` and a multiple of this many more.
         largest: With the best ratio: ``B`` is at most this.
-        smallest: ``n`` is at least this.
+        smallest: A batch that is trained on holds at least this many, or ``b``.
+        gathered: Pools whose kept examples are gathered into as few batches as hold them, at most ``b`` in each.
 
     Returns:
-        The plan; ``n`` is the best one for the ``B`` that rounding and bounds left.
+        The plan; ``n`` is the best one for the ``B`` that rounding and bounds left. With the best ratio, and as much
+        noise as a uniform step's, ``B`` is no larger than a bound on ``n`` from below asks for.
 
     >>> from hf_importance.theory.variance import WithReplacement
     >>> plan("constant_variance", batch_size=32, factor=WithReplacement(tau=4.0), kappa=0.1)
-    Plan(pool=57, kept=5, cost=0.334375)
+    Plan(pool=57, kept=5.0, cost=0.334375)
     >>> plan("variance", batch_size=32, factor=WithReplacement(tau=4.0), kappa=1 / 3, ratio=3.0)
-    Plan(pool=96, kept=32, cost=2.0)
+    Plan(pool=96, kept=32.0, cost=2.0)
+    >>> plan("constant_variance", batch_size=8, factor=WithReplacement(tau=4.0), kappa=0.125, gathered=4)
+    Plan(pool=14, kept=1.25, cost=0.375)
     """
+    overhead /= gathered  # gathered batches are as large as ever, but the last
     # What scoring costs over what an example more or less costs.
     relative = kappa / (1 - overhead)
     if ratio is not None:
@@ -150,12 +156,20 @@ def plan(
         kept: float = batch_size
     elif budget == "constant_variance":
         kept = margin * pool * _share_for(factor, pool / batch_size)
+        while ratio is None and kept < smallest / gathered and pool - unit > batch_size:
+            larger = margin * (pool - unit) * _share_for(factor, (pool - unit) / batch_size)
+            if larger > smallest / gathered:
+                break
+            pool, kept = pool - unit, larger
     else:
         kept = batch_size - relative * pool
     # A share of an example is kept as a whole one where variance is promised, and not where time is.
-    whole = math.floor(kept + 1e-9) if budget == "constant_time" else math.ceil(kept - 1e-9)
-    whole = min(max(whole, smallest, 1), batch_size)
-    return Plan(pool, whole, overhead + (kappa * pool + (1 - overhead) * whole) / batch_size)
+    whole = math.floor(kept * gathered + 1e-9) if budget == "constant_time" else math.ceil(kept * gathered - 1e-9)
+    whole = min(max(whole, 1), batch_size * gathered)
+    # Not even the last of the batches that they are gathered in holds fewer than that.
+    whole = max(whole, -(-whole // batch_size) * min(smallest, batch_size))
+    each = whole / gathered
+    return Plan(pool, each, overhead + (kappa * pool + (1 - overhead) * each) / batch_size)
 
 
 def _best_pool(budget: Budget, batch_size: int, factor: VarianceFactor, kappa: float) -> float:
