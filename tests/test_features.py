@@ -196,7 +196,7 @@ def test_accumulation_with_a_ragged_last_step(tmp_path, digits, accumulation):
         tmp_path, gradient_accumulation_steps=accumulation, max_steps=-1, num_train_epochs=2, logging_steps=1
     )
     trainer = check_own_batches(toys.vit, args, digits.select(range(90)))
-    assert sizes(trainer.trained) == [16, 16, 16, 16, 13, 13] * 2  # what is kept of a step is split evenly
+    assert sizes(trainer.trained) == [16, 16, 16, 16, 16, 10] * 2
     assert trainer.state.global_step == 2 * math.ceil(6 / accumulation)
     assert len(weighted(trainer)) == 12 - accumulation
     # Ten classes and small weights: ln 10 is what every step starts near. A wrong divisor would show as 2 or 4 times.
@@ -379,7 +379,11 @@ def test_sampling_strategies_give_the_own_batches_of_the_plain_trainer(tmp_path,
         tmp_path, train_sampling_strategy=strategy, gradient_accumulation_steps=2, max_steps=5, logging_steps=1
     )
     trainer = check_own_batches(lambda: toys.bert(pad_token_id=45), args, data, processing_class=tok)
-    assert sizes(trainer.trained) == sizes(trainer.own_batches)
+    # Of what is kept of a step the long texts come in the small batches.
+    trained, own = (
+        [sorted(sizes(found)[i : i + 2]) for i in range(0, 10, 2)] for found in (trainer.trained, trainer.own_batches)
+    )
+    assert trained == own
     assert len(weighted(trainer)) == 8
     if strategy == "batch_rebalance":
         assert len(set(sizes(trainer.trained))) > 1  # long texts come in smaller micro-batches

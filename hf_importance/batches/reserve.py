@@ -8,6 +8,7 @@ resumed run needs only the position, and the global random streams stay exactly 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,20 @@ def split_evenly(total: int, largest: int) -> list[int]:
     """
     parts = -(-total // largest)
     return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def split_like(sizes: Sequence[int], total: int) -> list[int]:
+    """Split ``total`` in proportion to ``sizes``, into parts of at least 1 where it is no smaller than their number.
+
+    >>> split_like([16, 16, 10], 21), split_like([1, 1], 5), split_like([9, 1], 2)
+    ([8, 8, 5], [3, 2], [1, 1])
+    """
+    found = []
+    for i, size in enumerate(sizes):
+        share = math.floor(total * size / sum(sizes[i:]) + 0.5)
+        found.append(min(max(share, 1), max(total - (len(sizes) - i - 1), 0)))
+        total -= found[-1]
+    return found
 
 
 class ReserveDataset(Dataset):

@@ -14,6 +14,7 @@ from hf_importance.batches.entries import batch_size_of, without_index
 from hf_importance.batches.lengths import lengths_of
 from hf_importance.batches.pool import PooledBatches, merge_rows, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
+from hf_importance.batches.reserve import split_like
 from hf_importance.batches.visits import Order, visit_batches
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.precision import Precision
@@ -149,10 +150,11 @@ class Pools:
             rows, weights, filled = torch.arange(own), torch.ones(own), count
         step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double()
         drawn = []
-        # Texts of alike length together. What each is multiplied by is that of the step, whichever batch it is in.
+        # What each is multiplied by is that of the step, whichever batch it is in. Texts of alike length come together,
+        # the long ones in the small batches where the own batches differ in size.
+        sizes = sorted(given_back.sizes[:count], reverse=True) if filled == count else [1] * filled
         order = rows.argsort(stable=True) if lengths is None else lengths[rows].argsort(stable=True)
-        sizes = [len(part) for part in order.tensor_split(filled)] if finite else given_back.sizes[:count]
-        for part in (order if finite else rows).split(sizes):
+        for part in order.split(split_like(sizes, len(rows)) if finite else given_back.sizes[:count]):
             # A user's _prepare_inputs may have made other columns.
             width = None if self.prepares or lengths is None else int(lengths[rows[part]].max())
             batch, given = stand_for(given_back, rows[part], weights[part], share * own / len(rows), width)

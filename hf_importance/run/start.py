@@ -128,12 +128,15 @@ def start(
     padding = _padding(trainer, head)
     scored = settings.scoring_batch_size
     feed = Feed(loader, ranks, padding, seed, batch_size, accumulation, updates, scored, skipped, population)
+    # Where the user's own training_step meets every batch, DeepSpeed counts its backward passes, and batches are made
+    # to fit into memory by their lengths, each is trained on.
+    rebalanced = getattr(args, "train_sampling_strategy", "") == "batch_rebalance"
+    apart = "training_step" in own_code[0] or trainer.is_deepspeed_enabled or rebalanced
     facts = Facts(
         examples=None if streaming else len(loader.dataset),
         batch_size=batch_size,
         accumulation=accumulation,
-        # Not where the user's own training_step meets every batch, nor DeepSpeed, which counts its backward passes.
-        gathered=1 if "training_step" in own_code[0] or trainer.is_deepspeed_enabled else accumulation,
+        gathered=1 if apart else accumulation,
         micro_batches=micro_batches,
         updates=updates,
         fewest=objective.fewest,
