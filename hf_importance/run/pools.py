@@ -150,8 +150,8 @@ class Pools:
             rows, weights, filled = torch.arange(own), torch.ones(own), count
         step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double()
         drawn = []
-        # What each is multiplied by is that of the step, whichever batch it is in. Texts of alike length come together,
-        # the long ones in the small batches where the own batches differ in size.
+        # What each is multiplied by is that of the step, whichever batch it is in. Texts of alike length come
+        # together, the long ones in the small batches where the own batches differ in size.
         sizes = sorted(given_back.sizes[:count], reverse=True) if filled == count else [1] * filled
         order = rows.argsort(stable=True) if lengths is None else lengths[rows].argsort(stable=True)
         for part in order.split(split_like(sizes, len(rows)) if finite else given_back.sizes[:count]):
