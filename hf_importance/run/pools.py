@@ -103,7 +103,7 @@ class Pools:
             step.place = self.feed.where()
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
-            with self.clock.scoring(lambda: sum(map(len, pools)), share):
+            with self.clock.scoring(step.number, sum(map(len, pools)), pools[0].sizes[0], share):
                 return self._keep(step, planned, pools, raw, indices, share)
 
     def _in_the_way(self, step: Step) -> bool:
@@ -143,8 +143,6 @@ class Pools:
         if step.blocked:
             return [], torch.tensor(0)
         finite = math.isfinite(step.sums[1]) and math.isfinite(step.sums[2])
-        if not finite:
-            self.clock.whole_batch()  # all of the own batch is trained on
         drawn, trained = [], []
         for micro, (pool, given_back) in enumerate(zip(pools, raw, strict=True)):
             part = slice(sum(sizes[:micro]), sum(sizes[: micro + 1]))

@@ -161,7 +161,6 @@ class Run:
         return [without_index(batch)[0] for batch in batches], items
 
     def _planned(self) -> Pool | None:
-        self.clock.learn(self.facts.batch_size)
         return self.sampler.pool() if self.state.proven and self.watch.barred is None else None
 
     def _handed(self, given: tuple[list, Any]) -> tuple[list, Any]:
@@ -177,7 +176,7 @@ class Run:
         sizes = [batch_size_of(batch) for batch in batches]
         step = self.ledger.begin(Step(self.facts.step(), "batch", place=self.feed.where()))
         step.counts = Totals(examples_trained=sum(sizes), examples_distinct=sum(sizes))
-        self.clock.probe(sum(sizes), lambda: self.pools.probe(batches[0]))
+        self.clock.probe(step.number, sum(sizes), lambda: self.pools.probe(batches[0]))
         for size in sizes:
             self.report.sample_size(size)
         return self._handed((batches, items))

@@ -121,7 +121,7 @@ def start(
 
     # The run knows these facts, so they must not keep it alive.
     that: list[weakref.ref[Run]] = []
-    clock = Clock(args.device, ranks)
+    clock = Clock(args.device, ranks, accumulation, loader.num_workers > 0)
     table = Table(len(loader.dataset), ranks) if remembers else None
     padding = _padding(trainer, head)
     scored = settings.scoring_batch_size
