@@ -2,9 +2,9 @@
 
     python examples/measured_kappa.py --data path/to/data --models path/to/models --tasks sst2 fashion --busy 0 2 4 1
 
-One run a number in ``--busy``, which is how many loops that do nothing else keep a core busy beside it, for κ by single
-batches (``importance_method="observe"``: the plain Trainer's run) and one by pools from the sixth step on. Data and
-models as ``remembered_scores.py`` wants them; one thread.
+For each number in ``--busy``, which is how many loops keep a core busy beside it and do nothing else: a run that gives
+κ by single batches (``importance_method="observe"``: the plain Trainer's), and one by pools from the sixth step on,
+which gives α too. Data and models as ``remembered_scores.py`` wants them; one thread.
 """
 
 import argparse
