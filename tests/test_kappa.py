@@ -222,12 +222,12 @@ class Steps:
         self.step += 1
 
     def uniform(self, score, train):
-        self.clock.begin_step(wanted=True)
+        self.clock.begin_step()
         self.clock.probe(self.step, 16, lambda: self._score(score))
         self._train(train, 16)
 
     def by_pool(self, score, train, pool=20, kept=4):
-        self.clock.begin_step(wanted=True)
+        self.clock.begin_step()
         with self.clock.scoring(self.step, pool, 16, kept / 16):
             self.work.take(score)
         self._train(train, kept)
@@ -294,14 +294,19 @@ def test_nobody_looks_at_the_time_where_it_is_given(steps):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"presample_ratio": 3.0, "tau_threshold": 3.9}, {"presample_ratio": "auto", "kappa": 0.9}]
+    ("settings", "looks"),
+    [
+        # When a step begins nobody knows yet whether it is on.
+        ({"presample_ratio": 3.0, "tau_threshold": 3.9}, 8),
+        ({"presample_ratio": "auto", "kappa": 0.9}, 0),
+    ],
 )
-def test_no_probe_where_no_decision_waits_for_it(tmp_path, digits, work, settings):
+def test_no_probe_where_no_decision_waits_for_it(tmp_path, digits, work, settings, looks):
     model, calls = toys.vit(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     args = toys.arguments(tmp_path, importance_budget="constant_variance", **{"tau_threshold": None, **settings})
     toys.run(ImportanceTrainer, model, args, digits.select(range(100)))
-    assert (len(calls), work.looks) == (8, 0)
+    assert (len(calls), work.looks) == (8, looks)
 
 
 # ---- Nothing else moves ----
@@ -401,3 +406,16 @@ def test_a_step_whose_scores_are_not_finite_is_no_step_on_few(tmp_path, digits, 
     trainer.train()
     assert log_of(trainer)[-1]["importance/nonfinite_steps"] > 5
     assert clock_of(trainer).overhead == pytest.approx(0.0, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["paper", "presample"])
+def test_saving_changes_nothing_that_is_measured(tmp_path, digits, work, method):
+    found = []
+    for saving in ({"save_strategy": "steps", "save_steps": 1}, {}):
+        settings = {"paper": {"tau_threshold": 1.2}, "presample": SETTINGS["presample"] | {"tau_threshold": None}}
+        args = toys.arguments(tmp_path, max_steps=20, logging_steps=20, **settings[method], **saving)
+        trainer = ImportanceTrainer(Timed(work, 1.0, 12.0), args, train_dataset=Data(digits.select(range(320)), work))
+        uneven(trainer)
+        trainer.train()
+        found.append((vars(clock_of(trainer).state), log_of(trainer)[-1]["importance/active"]))
+    assert found[0] == found[1] and found[0][1] == 1 and len(found[0][0]["pairs"]) >= FEWEST_PAIRS

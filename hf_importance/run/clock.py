@@ -137,13 +137,17 @@ class Clock:
 
     # ---- A step ----
 
-    def begin_step(self, wanted: bool) -> None:
-        """The step asks for its data now.
+    def begin_step(self) -> None:
+        """The step asks for its data now."""
+        self.times = Times(self._waiting()) if self._given is None else None
+
+    def goes_on(self, wanted: bool) -> None:
+        """The last step was taken in, so that it is known whether anything goes by what scoring costs, and not before.
 
         Args:
-            wanted: Whether anything goes by what scoring costs.
+            wanted: Whether it does. Else this step is not timed.
         """
-        self.times = Times(self._waiting()) if wanted and self._given is None else None
+        self.times = self.times if wanted else None
 
     def probe(self, step: int, examples: int, score: Callable[[], int]) -> None:
         """In a uniform step, whose data has come: where a pair is due, time a scoring pass.

@@ -77,7 +77,7 @@ class Ledger:
         self.step = self.watch.step = step
         if step is not None:
             if step.kind == "visits":
-                self.clock.begin_step(wanted=False)
+                self.clock.goes_on(wanted=False)
             step.times = self.clock.times
             self.watch.begin(step)
         return step

@@ -102,13 +102,14 @@ class Run:
                 self.commit()
                 if self.watch.barred is None:
                     return self._visit(count)
-        self.clock.begin_step(self.sampler.timed)
+        self.clock.begin_step()
         batches, items = own(iterator)
         if not batches:
             return batches, items
         planned = self._plan(self._counted(batches)) if self.watch.barred is None else None
         if self.watch.barred is not None:
             return self._plainly(batches, items)
+        self.clock.goes_on(self.sampler.timed)
         if planned is None:
             return self._as_they_came(batches, items)
         step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True))
