@@ -9,7 +9,7 @@ import toys
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.theory.costs import HYSTERESIS, Plan, plan, price, relative_variance
+from hf_importance.theory.costs import Plan, plan, price, relative_variance
 from hf_importance.theory.variance import WithReplacement
 
 EXAMPLES, BATCH = 256, 16
@@ -94,14 +94,14 @@ def test_the_price_of_a_given_plan_counts_cost_and_noise():
 
 
 def test_nothing_to_win_is_the_plain_run(tmp_path):
-    # Measuring kappa costs 6 forward passes and moves nothing.
+    # Measuring kappa costs 5 forward passes, and one more now and then, and moves nothing.
     ours = trained(tmp_path / "a", even, max_steps=2 * STEPS)
     plain = Trainer(
         model=toys.bert(dropout=0.1), args=toys.arguments(tmp_path / "b", max_steps=2 * STEPS, logging_steps=4),
         train_dataset=toys.sentences(EXAMPLES),
     )  # fmt: skip
     plain.train()
-    assert set(ours.sources) == {"uniform"} and ours.scoring_passes == 6
+    assert set(ours.sources) == {"uniform"} and ours.scoring_passes == 5
     assert torch.equal(parameters(ours), parameters(plain))
 
 
@@ -135,21 +135,6 @@ def test_presampling_gives_way_to_memory_once_that_is_cheaper(tmp_path):
     entries = [e for e in ours.state.log_history if "importance/switches" in e]
     told = {e["importance/switches"]: e["importance/switched_at"] for e in entries if e["importance/switches"]}
     assert [told[1], told[2]] == list(itertools.accumulate(length for _, length in found[:2]))
-
-
-def test_hysteresis_keeps_the_source(tmp_path):
-    # Off above a price of 1, on below 1 / 1.05: in between it stays what it is.
-    ours = trained(tmp_path, even, kappa=0.1, max_steps=2)
-    assert not ours.sampler.active
-    prices = iter([0.97, 0.94, 0.97, 1.01, 0.97])
-    fresh = ours.sampler.fresh
-    fresh.price = lambda: next(prices)
-    found = []
-    for _ in range(5):
-        fresh.learn(2.0, [])
-        found.append(ours.sampler.active)
-    assert found == [False, True, True, False, False]
-    assert 1 / HYSTERESIS > 0.94
 
 
 # ---- The table ----
@@ -198,7 +183,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, score, kapp
 
 def test_a_stream_is_presampled_or_not_and_a_warning_says_so(tmp_path, caplog):
     data = toys.sentences(EXAMPLES).to_iterable_dataset()
-    ours = trained(tmp_path, forgetful, kappa=0.05, data=data, max_steps=STEPS)
+    ours = trained(tmp_path, forgetful, kappa=0.05, data=data, max_steps=3 * STEPS)
     assert "presample" in ours.sources
     assert "chooses between presampling and uniform steps only" in caplog.text and "must be map-style" in caplog.text
 

@@ -7,7 +7,7 @@ from test_off_is_exact import same_run
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.theory.costs import HYSTERESIS
+from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW
 
 WOULD_BE = ("importance/would_be_on_share", "importance/would_be_compute", "importance/would_be_on_from_step")
 
@@ -121,7 +121,7 @@ def test_the_compute_is_the_mean_of_the_prices(tmp_path, capsys):
     on, costs = False, []
     for entry in logged(trainer):
         price = entry["importance/price_presample"]
-        on = price < (1.0 if on else 1 / HYSTERESIS)
+        on = price < (OFF_ABOVE if on else ON_BELOW)
         costs.append(price if on else 1.0)
     assert metrics["importance/would_be_compute"] == pytest.approx(sum(costs) / len(costs))
     assert metrics["importance/would_be_compute"] < 0.5
@@ -168,7 +168,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, score, accu
 def test_of_a_stream_it_says_what_presampling_would_save(tmp_path, caplog, capsys):
     ends = []
     for method in ("observe", None):
-        settings = {"max_steps": STEPS, "logging_steps": 4, "kappa": 0.05}
+        settings = {"max_steps": 3 * STEPS, "logging_steps": 4, "kappa": 0.05}
         kind = ImportanceTrainer if method else Trainer
         args = arguments(tmp_path, **settings, importance_budget="constant_variance")
         extra = {"compute_score_func": forgetful} if method else {}

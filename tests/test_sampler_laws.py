@@ -8,7 +8,6 @@ import torch
 from user_sampler import TopK
 
 from hf_importance import Auto, History, Observe, Presample
-from hf_importance.samplers.auto import among_three
 from hf_importance.samplers.published import (
     InfoBatch,
     OnlineBatchSelection,
@@ -61,7 +60,7 @@ class TestAuto(Laws):
     unbiased = True
 
     def sampler(self):
-        return Auto(among_three(kappa=0.1))
+        return Auto(Presample(kappa=0.1))
 
 
 class TestObserve(Laws):
@@ -69,7 +68,7 @@ class TestObserve(Laws):
     steps = 60
 
     def sampler(self):
-        return Observe(among_three(kappa=0.1))
+        return Observe(Presample(kappa=0.1))
 
 
 class TestOnlineBatchSelection(Laws):

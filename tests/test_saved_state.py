@@ -49,13 +49,21 @@ VALID = {
         "visits": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False},
         "stream": {"passes": 0, "drawn": 0},
     },
-    "clock": {"kappa": 0.2, "training_seconds": 0.01, "overhead": None},
+    "clock": {
+        "next_pair": 80,
+        "pairs": [0.2, 0.3, 0.2, 0.2, 0.1],
+        "whole": [0.01, 0.02],
+        "few": [],
+        "pools": [],
+        "factor": 1.1,
+        "overhead": None,
+    },
     "table": {"paired": 12, "waiting": 1},
     "loss_over_step": None,
     "sampler": {
         "settings": {"name": "Auto", "fresh.ratio": "3.0", "remembered.share": "0.1"},
         "state": {
-            "fresh": {"on": True, "moments": [0.5] * len(SHARES)},
+            "fresh": {"on": True, "switched": 12, "moments": [0.5] * len(SHARES)},
             "remembered": {
                 "count": 9.0,
                 "uniform_moment": 2.0,

@@ -1,21 +1,29 @@
-"""What scoring an example costs against training one, κ, measured on the machine that trains, data included.
+"""What scoring an example costs against training one, κ, measured on the machine that trains, as long as it trains.
 
     κ = (waiting for an example + scoring it) / (waiting for an example + training on it)
 
-Each part is timed for a few batches. On an accelerator the times are those between events on its stream, and the
-median counts: they cost no wait, and hold what the device spent idle for data or for the host, and nothing of what ran
-while it was busy. On a CPU the fastest counts, for other programs make some batches slow and none fast. They are read
-once, when there are enough of them. From then on κ stays as it is: it goes into the checkpoint, and a resumed run
-decides the same.
+Both sides of it are timed in one step, as a *pair*: while steps are uniform a batch is scored for its time alone just
+before it is trained on, while pools are scored anyway these are held against the training pass of their own step. So
+whatever slows the machine, and however long the inputs are, falls on both. κ is the median of the last nine pairs; the
+first five steps give one each, then one step gives one as often as that costs half a percent of the run, and at most
+every sixteenth. So κ follows a change of load, or of lengths, within a few pairs.
 
-The first steps by importance are timed as well, for what a single batch could not show. Their pools say what scoring
-takes, drawing included, in place of the batches before them. And a smaller batch does not train in proportion:
-launching kernels, clipping and the like take what they take. That share of a whole batch's time is the overhead α::
+On an accelerator the times are those between events on its stream, which hold what the device spent idle for data or
+for the host; they are read where the step's figures are, once a pair. On a CPU the times are the process's own, all of
+its threads together: what other programs do is not in them. Nor is what the workers of a loader do; where there are
+any, waiting for them counts by the wall clock, as if all threads waited.
+
+A smaller batch does not train in proportion: launching kernels and the like take what they take. The share of a whole
+batch's training pass that does not shrink is the overhead α::
 
     time of n examples = time of b examples * (alpha + (1 - alpha) * n / b)
 
-The whole batches that they are held against are the last before them: a machine may have become slower since the run
-began.
+It is measured each time that steps by importance begin, in the first of them, against the last whole batches before.
+These steps also say what scoring takes in pools, drawing included, over scoring one batch: a factor for all pairs made
+by single batches.
+
+All of it is added up over ranks, in the collective of the step where it has one, and saved: a resumed run goes on with
+what the checkpoint holds, before κ is known too. Where κ is given nothing is timed, and a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -25,229 +33,258 @@ import logging
 import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 
 from hf_importance.batches.entries import batch_size_of
-from hf_importance.checkpoint.schema import number, optional
+from hf_importance.checkpoint.schema import COUNT, listed, number, optional
 from hf_importance.ranks import Ranks
 from hf_importance.theory.costs import ASSUMED_KAPPA
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["wait", "score", "train", "pool wait", "pool", "few"]
-Mark = float | torch.Event | None
-KAPPA_PARTS: tuple[Part, ...] = ("wait", "score", "train")
-FEW_PARTS: tuple[Part, ...] = ("pool wait", "pool", "few")
+Mark = float | torch.Event
 
-WARM_UP = 1  # batches of each part that are not counted: allocation, choice of kernels, compilation
-SAMPLES = 5  # the most recent batches of each part, which are
-FEW_SAMPLES = 9  # the same of steps by importance, which cost nothing to time
+FEWEST_PAIRS = 5  # before κ is believed: two of them may be as slow as they like (allocation, kernels, compilation)
+PAIRS = 9  # the most recent ones, whose median is κ; and as many steps on few examples say what α is
+PROBE_SHARE = 0.005  # of a uniform run that its probes may take, after the first
+PAIR_EVERY = 16  # steps at least from one pair to the next, after the first
 # Of a batch's examples, to measure by what a step costs that does not shrink with them.
 FEW = 0.75
+
+_RATIO, _SECONDS = number(-1e6, 1e6), number(0, 1e6)
 
 
 @dataclass
 class ClockState:
-    """What was measured, None where it was not yet; it goes into the checkpoint."""
+    """What was measured, over all ranks; it goes into the checkpoint."""
 
-    kappa: Annotated[float | None, optional(number(0.001, 0.99))] = None
-    training_seconds: Annotated[float | None, optional(number(0, 1e6))] = None
+    next_pair: Annotated[int, COUNT] = 0  # optimizer steps done before the next pair
+    pairs: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)  # κ of each, over the factor
+    whole: Annotated[list[float], listed(_SECONDS)] = field(default_factory=list)  # of training, an example of a batch
+    # Of the steps on few examples since the last whole batch: α, and κ by their pools.
+    few: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)
+    pools: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)
+    factor: Annotated[float, number(1e-3, 1e3)] = 1.0  # κ by pools over that by single batches
     overhead: Annotated[float | None, optional(number(0, 0.99))] = None
 
 
+@dataclass
+class Times:
+    """Of one step on this rank.
+
+    Attributes:
+        asked: When it asked for its data.
+        pair: Whether it gives a pair.
+        read: Whether its times are read: for a pair, for α, or because that costs nothing. The same on all ranks.
+        spans: Of waiting, scoring and its first training pass: beginning, end, and for how many examples.
+        own: Of a step by pools: examples that the first training pass would have had, else 0.
+    """
+
+    asked: Mark
+    pair: bool = False
+    read: bool = False
+    spans: dict[str, tuple[Mark, Mark, int]] = field(default_factory=dict)
+    own: int = 0
+
+
 class Clock:
-    """Times batches until there are enough of them, and then knows κ.
+    """Times steps while anything goes by κ.
 
     Args:
         device: Where the model is.
         ranks: Which take the same values as measured.
+        accumulation: Micro-batches of a step, of which a probe scores one.
+        workers: Whether others load the data.
 
     Attributes:
-        kappa: κ, in ``[0.001, 0.99]``: the paper's 1/3 until it is measured.
-        measured: Whether it is.
-        training: Seconds that training on an example of a whole batch took, data included; None where unknown.
-        overhead: α, in ``[0, 0.99]``; None until it is measured.
+        times: Of the step in progress, where they are taken.
+        state: What was measured.
     """
 
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, device: torch.device, ranks: Ranks, accumulation: int = 1, workers: bool = False) -> None:
         self.device, self.ranks = device, ranks
-        self.kappa = ASSUMED_KAPPA
-        self.measured = False
-        self.training: float | None = None
-        self.overhead: float | None = None
-        self._times: dict[Part, deque] = {
-            part: deque(maxlen=WARM_UP + (FEW_SAMPLES if part in FEW_PARTS else SAMPLES)) for part in get_args(Part)
-        }
-        # When the step in progress asked for its data, and as what its training is timed once κ is known: on so few
-        # examples that its time says what does not shrink with them, on whole uniform batches, or not at all.
-        self._asked: Mark = None
-        self._timed_as: Part | None = None
-        self._wanted = False
+        self.times: Times | None = None
+        self.state = ClockState()
+        self._accumulation, self._workers = accumulation, workers
+        self._given: float | None = None
+
+    def give(self, kappa: float) -> None:
+        """Take κ as known: nothing is timed."""
+        self._given = kappa
+
+    @property
+    def kappa(self) -> float:
+        """κ, in ``[0.001, 0.99]``: the paper's 1/3 until it is measured."""
+        if self._given is not None:
+            return self._given
+        if not self.measured:
+            return ASSUMED_KAPPA
+        return min(max(self.state.factor * statistics.median(self.state.pairs), 0.001), 0.99)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is, or was given."""
+        return self._given is not None or len(self.state.pairs) >= FEWEST_PAIRS
+
+    @property
+    def overhead(self) -> float | None:
+        """α, in ``[0, 0.99]``; None until it is measured."""
+        return self.state.overhead
 
     # ---- A step ----
 
-    def begin_step(self, wanted: bool) -> None:
-        """The step asks for its data now.
+    def begin_step(self) -> None:
+        """The step asks for its data now."""
+        self.times = Times(self._waiting()) if self._given is None else None
+
+    def goes_on(self, wanted: bool) -> None:
+        """The last step was taken in, so that it is known whether anything goes by what scoring costs, and not before.
 
         Args:
-            wanted: Whether anything goes by what scoring costs.
+            wanted: Whether it does. Else this step is not timed.
         """
-        self._wanted, self._timed_as = wanted, None
-        self._asked = self._mark() or self._mark(later=True)
+        self.times = self.times if wanted else None
 
-    def probe(self, examples: int, score: Callable[[], int]) -> None:
-        """In a uniform step, whose data has come: time a scoring pass too, while a decision waits for κ.
+    def probe(self, step: int, examples: int, score: Callable[[], int]) -> None:
+        """In a uniform step, whose data has come: where a pair is due, time a scoring pass.
 
         Args:
+            step: Optimizer steps before it.
             examples: Of the step on this rank.
-            score: Scores a batch and gives the number of its examples.
+            score: Scores its first micro-batch and gives the number of its examples.
         """
-        self._timed_as = "train"
-        if self._asked is None:
+        times = self.times
+        if times is None:
             return
-        self._add("wait", self._asked, examples)
-        if self._lacks("score"):
-            mark = self._mark()
-            self._add("score", mark, score())
+        times.pair = step >= self.state.next_pair
+        times.read = times.pair or self.device.type == "cpu"
+        times.spans["wait"] = times.asked, self._waiting(), examples
+        if times.pair:
+            start = self._now()
+            scored = score()
+            times.spans["score"] = start, self._now(), scored
 
     @contextlib.contextmanager
-    def scoring(self, examples: Callable[[], int], share: float) -> Iterator[None]:
+    def scoring(self, step: int, examples: int, own: int, share: float) -> Iterator[None]:
         """Time the scoring and drawing of pools, whose examples have come.
 
         Args:
-            examples: Gives the number of those in the pools.
-            share: Of a batch, that is kept.
+            step: Optimizer steps before it.
+            examples: Of the pools on this rank.
+            own: Of the first micro-batch as it came.
+            share: Of it, that is to be kept.
         """
-        wait, score = ("pool wait", "pool") if self.measured else ("wait", "score")
-        self._timed_as = "few" if share <= FEW else None
-        self._add(wait, self._asked, examples())
-        mark = self._mark(later=self.measured)
+        times = self.times
+        if times is not None:
+            times.own, times.pair = own, step >= self.state.next_pair
+            times.read = times.pair or self._measures_overhead(share)
+        if times is None or not times.read:
+            yield
+            return
+        times.spans["wait"] = times.asked, self._waiting(), examples
+        start = self._now()
         yield
-        self._add(score, mark, examples())
-
-    def whole_batch(self) -> None:
-        """After all, the batches of this step are as large as ever, and no sample of small ones."""
-        self._timed_as = None
+        times.spans["score"] = start, self._now(), examples
 
     @contextlib.contextmanager
     def training_on(self, inputs: Any) -> Iterator[None]:
-        """Time the training on a micro-batch while κ or α is to be measured."""
-        later = self._timed_as is not None and self.measured
-        mark = self._mark(later)
-        examples = 0 if mark is None else batch_size_of(inputs)
+        """Time the first training pass of a step whose times are read."""
+        times = self.times
+        if times is None or not times.read or "train" in times.spans:
+            yield
+            return
+        start = self._now()
         yield
-        if mark is not None:
-            self._add((self._timed_as if later else None) or "train", mark, examples)
+        times.spans["train"] = start, self._now(), batch_size_of(inputs)
 
-    def learn(self, batch_size: int) -> None:
-        """Take κ and α as measured once enough was timed: one collective each in a run. All ranks must call it."""
-        if self._few_ready:
-            kappa, overhead, ranks = self.ranks.sum([*self._read_few(batch_size), 1.0])
-            self._settle_few(kappa / ranks, overhead / ranks)
-            logger.info(
-                "In steps on few examples, scoring one takes %.3f of training on one, and %.3f of a step's time does "
-                "not shrink.",
-                self.kappa,
-                self.overhead,
-            )
-        if self._ready:
-            presampling, training, ranks = self.ranks.sum([*self._read(), 1.0])
-            self.load(min(max(presampling / training, 0.001), 0.99), training / ranks)
-            logger.info("Scoring an example takes %.3f of training on one.", self.kappa)
+    # ---- What it says ----
 
-    # ---- Samples ----
+    def read(self, times: Times | None) -> list[float]:
+        """Give this rank's figures of a finished step, to be added up over ranks; always as many, or none.
 
-    def _mark(self, later: bool = False) -> Mark:
-        """Give a point in time to measure from, for κ or ``later``, for α; None where nothing lacks."""
-        unknown = self.overhead is None and self.training is not None if later else not self.measured
-        return self._now() if self._wanted and unknown else None
+        On an accelerator it waits for the step to have been trained on.
+        """
+        if times is None or not times.read:
+            return []
+        nothing = (0.0, 0.0, 0)
+        spans = [times.spans.get(part, nothing) for part in ("wait", "score", "train")]
+        figures = [figure for start, end, examples in spans for figure in (_seconds(start, end), float(examples))]
+        return [*figures, float(times.own)]
 
-    def _now(self) -> float | torch.Event:
+    def learn(self, step: int, times: Times | None, sums: list[float]) -> None:
+        """Take in what :meth:`read` gave of a step, over all ranks."""
+        if times is None or not sums:
+            return
+        wait, waited, score, scored, train, trained, own = sums
+        if not (waited and trained and train > 0):  # or a clock too coarse for so small a step
+            return
+        state, waiting, scoring = self.state, wait / waited, score / scored if scored else 0.0
+        if own == 0:
+            training = train / trained
+            state.whole = [*state.whole, training][-PAIRS:]
+            state.few, state.pools = [], []
+        elif self._measures_overhead(trained / own):
+            training = statistics.median(state.whole)
+            state.few.append((train / (own * training) - trained / own) / (1 - trained / own))
+            state.pools.append((waiting + scoring) / (waiting + training))
+            if len(state.few) == PAIRS:
+                self._settle()
+            return
+        else:
+            overhead = state.overhead or 0.0
+            training = train / (own * overhead + (1 - overhead) * trained)
+        if times.pair and scored:
+            ratio = (waiting + scoring) / (waiting + training)
+            known = self.measured
+            state.pairs = [*state.pairs, ratio / (state.factor if own else 1.0)][-PAIRS:]
+            state.next_pair = step + self._pause(probes=own == 0)
+            if self.measured and not known:
+                logger.info("Scoring an example takes %.3f of training on one.", self.kappa)
+
+    def _pause(self, probes: bool) -> int:
+        """Give the steps from one pair to the next: the first come one behind the other."""
+        if not self.measured:
+            return 1
+        return max(PAIR_EVERY, math.ceil(self.kappa / (PROBE_SHARE * self._accumulation)) if probes else 0)
+
+    def _measures_overhead(self, share: float) -> bool:
+        """Whether a step that keeps this share of a batch says what α is."""
+        return share <= FEW and len(self.state.few) < PAIRS and len(self.state.whole) > 0
+
+    def _settle(self) -> None:
+        state = self.state
+        state.overhead = min(max(statistics.median(state.few), 0.0), 0.99)
+        kappa = statistics.median(state.pools)
+        if state.pairs and min(state.pairs) > 0:
+            state.factor = min(max(kappa / statistics.median(state.pairs), 1e-3), 1e3)
+        logger.info(
+            "In steps on few examples, scoring one takes %.3f of training on one, and %.3f of a training pass does "
+            "not shrink.",
+            kappa,
+            state.overhead,
+        )
+
+    # ---- Time ----
+
+    def _now(self) -> Mark:
         if self.device.type == "cpu":
-            return time.perf_counter()
+            return time.process_time()
         event = torch.Event(device=self.device, enable_timing=True)
         event.record()
         return event
 
-    def _add(self, part: Part, start: Mark, examples: int) -> None:
-        """Count what passed since ``start`` as the time of ``examples`` examples; nothing where that is None."""
-        if start is not None and self.overhead is None and examples:
-            self._times[part].append((start, self._now(), examples))
-
-    def _lacks(self, part: Part) -> bool:
-        return not self.measured and not self._full(part)
-
-    @property
-    def _ready(self) -> bool:
-        """Whether enough is timed; the same on all ranks, which time the same batches."""
-        return not self.measured and not any(self._lacks(part) for part in KAPPA_PARTS)
-
-    @property
-    def _few_ready(self) -> bool:
-        return self.overhead is None and all(self._full(part) for part in FEW_PARTS)
-
-    def _full(self, part: Part) -> bool:
-        times = self._times[part]
-        return len(times) == times.maxlen
-
-    def _read(self) -> list[float]:
-        """Give the seconds that presampling one example takes here, and those that training on one takes.
-
-        It waits for the last of the timed batches, once.
-        """
-        return [self._per_example("wait", "score"), self._per_example("wait", "train")]
-
-    def _read_few(self, batch_size: int) -> list[float]:
-        """Give κ and α as they were here in steps on a part of ``batch_size``; it waits as :meth:`_read` does."""
-        whole_batches = self._full("wait") and self._full("train")
-        training = self._per_example("wait", "train") if whole_batches else self.training or math.nan
-        overheads = []
-        for start, end, examples in self._counted("few"):
-            took, share = _seconds(start, end) / (batch_size * training), examples / batch_size
-            overheads.append((took - share) / (1 - share))
-        return [self._per_example("pool wait", "pool") / training, self._typical(overheads)]
-
-    def _counted(self, part: Part) -> list:
-        return list(self._times[part])[WARM_UP:]
-
-    def _per_example(self, wait: Part, work: Part) -> float:
-        waits, works = (
-            [_seconds(start, end) / examples for start, end, examples in self._counted(part)] for part in (wait, work)
-        )
-        # Not the fastest wait, which is none where workers load ahead.
-        return statistics.median(waits) + self._typical(works)
-
-    def _typical(self, values: list[float]) -> float:
-        return min(values) if self.device.type == "cpu" else statistics.median(values)
-
-    # ---- State ----
-
-    def _settle_few(self, kappa: float, overhead: float) -> None:
-        self.load(min(max(kappa, 0.001), 0.99), self.training, min(max(overhead, 0.0), 0.99))
-        for spans in self._times.values():
-            spans.clear()
-
-    def load(self, kappa: float | None, training: float | None = None, overhead: float | None = None) -> None:
-        """Take these as measured; nothing where κ is None. Without the time of training, α is never measured."""
-        if kappa is not None:
-            self.kappa, self.measured, self.training, self.overhead = kappa, True, training, overhead
-
-    @property
-    def state(self) -> ClockState:
-        """What a checkpoint holds."""
-        return ClockState(self.kappa, self.training, self.overhead) if self.measured else ClockState()
-
-    @state.setter
-    def state(self, state: ClockState) -> None:
-        self.load(*asdict(state).values())
+    def _waiting(self) -> Mark:
+        """Give a point in time to measure from what waiting for data takes."""
+        if self.device.type == "cpu" and self._workers:
+            return time.perf_counter() * torch.get_num_threads()
+        return self._now()
 
 
-def _seconds(start: float | torch.Event, end: float | torch.Event) -> float:
+def _seconds(start: Mark, end: Mark) -> float:
     if isinstance(start, float) or isinstance(end, float):
         return end - start  # both, on a CPU
     end.synchronize()

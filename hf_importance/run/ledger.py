@@ -80,6 +80,9 @@ class Ledger:
         self.step = self.watch.step = step
         if step is not None:
             step.doubted = not self.state.proven
+            if step.kind == "visits":
+                self.clock.goes_on(wanted=False)
+            step.times = self.clock.times
             self.watch.begin(step)
         return step
 
@@ -106,19 +109,22 @@ class Ledger:
         Returns:
             The same over all ranks, where a count of ours spans them.
         """
-        step, seen, own, summed = self.step, None, [], []
+        step, seen, own, summed, timed = self.step, None, [], [], []
         done = step is not None and step.number < self.facts.step()
         if done:
             step.problem = self.problem or step.complaint(self.watch.own_code)
             if self.watch.judges(step):
                 seen, own = self._found(step)
             self.problem = step.problem
+            timed = self.clock.read(step.times)
         adding = counting is not None and self.ranks.averaged > 1
-        if own or adding:
-            *summed, items = self.ranks.sum([*own, float(counting) if adding else 0.0])
+        if own or timed or adding:
+            *found, items = self.ranks.sum([*own, *timed, float(counting) if adding else 0.0])
+            summed, timed = found[: len(own)], found[len(own) :]
             counting = items if adding else counting
         if done:
             self.begin(None)
+            self.clock.learn(step.number, step.times, timed)
             self._take_in(step, seen, summed)
         return counting
 

@@ -103,7 +103,8 @@ class Pools:
             pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
             indices = [index for _, index in split if index is not None]
             index = torch.cat(indices) if indices else None
-            with self.clock.scoring(lambda: len(pool), planned.kept * count / (filled * self.facts.batch_size)):
+            of_each = planned.kept * count / (filled * self.facts.batch_size)
+            with self.clock.scoring(step.number, len(pool), batch_size_of(batches[0]), of_each):
                 return self._keep(step, planned, pool, raw if self.prepares else pool, index, count, own, filled)
 
     def _in_the_way(self, step: Step) -> bool:
@@ -145,8 +146,7 @@ class Pools:
         share = planned.kept / self.facts.batch_size
         if finite:
             rows, weights = self._rows(seen, max(round(share * own), filled), filled)
-        else:
-            self.clock.whole_batch()  # all of the own batches is trained on
+        else:  # all of the own batches is trained on
             rows, weights, filled = torch.arange(own), torch.ones(own), count
         step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double()
         drawn = []

@@ -103,16 +103,18 @@ class Run:
                 self.commit()
                 if self.watch.barred is None:
                     return self._visit(count)
-        self.clock.begin_step(self.sampler.timed and self.pools.precision.known)
+        self.clock.begin_step()
         batches, items = own(iterator)
         if not batches:
             return batches, items
         planned = self._plan(self._counted(batches)) if self.watch.barred is None else None
         if self.watch.barred is not None:
             return self._plainly(batches, items)
+        tried = self.pools.precision.known
         if self.state.proven:
             self.pools.precision.try_out(lambda: self.pools.probe(batches[0]))
             self.state.scoring_dtype = self.pools.precision.chosen
+        self.clock.goes_on(self.sampler.timed and tried)
         if planned is None:
             return self._as_they_came(batches, items)
         step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True))
@@ -165,7 +167,6 @@ class Run:
         return [without_index(batch)[0] for batch in batches], items
 
     def _planned(self) -> Pool | None:
-        self.clock.learn(self.facts.batch_size)
         return self.sampler.pool() if self.state.proven and self.watch.barred is None else None
 
     def _handed(self, given: tuple[list, Any]) -> tuple[list, Any]:
@@ -181,7 +182,7 @@ class Run:
         sizes = [batch_size_of(batch) for batch in batches]
         step = self.ledger.begin(Step(self.facts.step(), "batch", place=self.feed.where()))
         step.counts = Totals(examples_trained=sum(sizes), examples_distinct=sum(sizes))
-        self.clock.probe(sum(sizes), lambda: self.pools.probe(batches[0]))
+        self.clock.probe(step.number, sum(sizes), lambda: self.pools.probe(batches[0]))
         for size in sizes:
             self.report.sample_size(size)
         return self._handed((batches, items))

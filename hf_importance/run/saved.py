@@ -223,7 +223,7 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:
         run.objective.scale.over_step = saved["loss_over_step"]
-    run.clock.state = ClockState(**saved["clock"])
+    run.clock.state = from_state(ClockState, saved["clock"], "clock")
     scored_alike = _score(before) == _score(now)
     remembered = run.table is not None and saved["table"] is not None and scored_alike
     if run.table is not None and remembered and "scores" in tensors:

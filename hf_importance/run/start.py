@@ -27,6 +27,7 @@ from hf_importance.objective.loss import Objective
 from hf_importance.objective.model import alive, scorer_of
 from hf_importance.objective.precision import Precision, cheaper_than
 from hf_importance.ranks import Ranks, ranks_of
+from hf_importance.reporting.best import past_its_best
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed, StreamPlace
@@ -43,14 +44,25 @@ logger = logging.getLogger(__name__)
 
 
 class RunCallback(TrainerCallback):
-    """Begins the run once the model is wrapped and the Trainer's state loaded."""
+    """Begins the run once the model is wrapped and the Trainer's state loaded, and looks at its evaluations."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
+        self._begin, self._training = begin, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin."""
+        self._training = True
         self._begin()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is evaluated from here on is looked at by the user."""
+        self._training = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say it where the run has passed its best evaluation loss."""
+        said = past_its_best(state.log_history) if self._training and state.is_world_process_zero else None
+        if said is not None:
+            logger.warning(said)
 
 
 def indexed_loader(trainer: Trainer, make: Callable[[], DataLoader]) -> DataLoader:
@@ -123,7 +135,7 @@ def start(
 
     # The run knows these facts, so they must not keep it alive.
     that: list[weakref.ref[Run]] = []
-    clock = Clock(args.device, ranks)
+    clock = Clock(args.device, ranks, accumulation, loader.num_workers > 0)
     table = Table(len(loader.dataset), ranks) if remembers else None
     padding = _padding(trainer, head)
     scored = settings.scoring_batch_size

@@ -20,7 +20,7 @@ from hf_importance.objective.loss import Objective
 from hf_importance.objective.proof import Evidence, describe, verdict
 from hf_importance.objective.scorer import Scorer, score_outputs
 from hf_importance.reporting.report import Totals
-from hf_importance.run.clock import Clock
+from hf_importance.run.clock import Clock, Times
 from hf_importance.run.feed import FeedState
 from hf_importance.samplers.sampler import Scored
 from hf_importance.transfer import Fetched, to_device
@@ -74,6 +74,7 @@ class Step:
         descended: How often a backward pass began at one of these, or at what was made of it.
         problem: What stands in the way of importance sampling, found in this step.
         blocked: Whether a rank found something in its way before anything was drawn; all ranks know.
+        times: What it took, where it is timed.
     """
 
     number: int
@@ -105,6 +106,7 @@ class Step:
     descended: int = 0
     problem: str | None = None
     blocked: bool = False
+    times: Times | None = None
 
     @property
     def current(self) -> tuple[Tensor | None, Tensor | None]:

@@ -11,12 +11,7 @@ from torch import Tensor
 from hf_importance.samplers.history import History
 from hf_importance.samplers.presample import Presample
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored, Visits
-from hf_importance.theory.costs import HYSTERESIS
-
-
-def among_three(**settings: Any) -> Presample:
-    """Give presampling that takes over, and gives way, where there is a third to choose from."""
-    return Presample(**{"on_below": 1 / HYSTERESIS, "off_above": 1.0, **settings})
+from hf_importance.theory.costs import ON_BELOW
 
 
 @dataclass
@@ -30,7 +25,7 @@ class Auto(Sampler):
         remembered: What draws by the table.
     """
 
-    fresh: Presample = field(default_factory=among_three)
+    fresh: Presample = field(default_factory=Presample)
     remembered: History = field(default_factory=lambda: History(budget="constant_variance"))
 
     remembers = True
@@ -65,12 +60,15 @@ class Auto(Sampler):
 
     def visits(self) -> Visits | None:
         """Draw by the table where that is cheapest."""
+        fresh, remembers = self.fresh, self.remembered.state.drawn
         otherwise = 1.0
-        if self.run.clock.measured:
-            otherwise = min(self.fresh.price() * (HYSTERESIS if self.remembered.state.drawn else 1), 1.0)
+        if fresh.held and not remembers:
+            otherwise = 0.0
+        elif fresh.pays():
+            otherwise = fresh.price() / (ON_BELOW if remembers else 1.0)
         found = self.remembered.cheapest(otherwise)
-        if found is not None:
-            self.fresh.state.on = False
+        if self.remembered.state.drawn != remembers:  # pools take over at once, where they are what is cheaper
+            fresh.switch(on=found is None and fresh.pays() and not self.run.ending)
         return found
 
     def pool(self) -> Pool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 
-from hf_importance.samplers.auto import Auto, among_three
+from hf_importance.samplers.auto import Auto
 from hf_importance.samplers.history import History
 from hf_importance.samplers.observe import Observe
 from hf_importance.samplers.presample import Presample
@@ -57,7 +57,7 @@ def sampler_of(arguments: ImportanceArguments) -> Sampler:
     fresh = {name: value for name, value in settings.items() if name in SETTINGS["presample"]}
     # Steps that cost what a uniform one costs cannot be had from memory: there it is less noise.
     memory = "variance" if budget["budget"] == "constant_time" else budget["budget"]
-    return kind(among_three(**budget, **fresh), History(budget=memory, **remembered))
+    return kind(Presample(**budget, **fresh), History(budget=memory, **remembered))
 
 
 def chosen(arguments: ImportanceArguments, given: Sampler | None, said: set[str]) -> Sampler:

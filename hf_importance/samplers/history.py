@@ -24,7 +24,7 @@ from hf_importance.checkpoint.schema import COUNT, listed, number
 from hf_importance.samplers.proposal import Proposal
 from hf_importance.samplers.sampler import Facts, Sampler, Scored, Visits
 from hf_importance.theory.calibration import Calibration
-from hf_importance.theory.costs import HYSTERESIS
+from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW
 from hf_importance.theory.sampling import bias_weights
 from hf_importance.values import check_choice, check_range
 
@@ -114,14 +114,16 @@ class History(Sampler):
         """Draw by the table where that is cheapest.
 
         Args:
-            otherwise: What the noise of a uniform step costs in the steps that come else: 1 if they are uniform.
+            otherwise: What the noise of a uniform step costs in the steps that come else: 1 if they are uniform; 0:
+                now is not the time to begin.
         """
         run, state = self.run, self.state
         # Nobody has read the batches of this epoch, so the steps until its end are visits either way.
         within = run.visiting() and run.place() > 0
         was_drawn = state.drawn
         self.calibrate()
-        state.drawn = self.price * (1 if was_drawn else HYSTERESIS) < (1.0 if within else otherwise)
+        limit = OFF_ABOVE if was_drawn else ON_BELOW
+        state.drawn = self.price < limit * (1.0 if within else otherwise) and (was_drawn or not run.ending)
         if state.drawn:
             return self._by_scores()
         return self._uniformly() if within else None

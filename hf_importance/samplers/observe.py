@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from hf_importance.checkpoint.schema import COUNT, number
 from hf_importance.samplers.auto import Auto
 from hf_importance.samplers.sampler import Facts, Pool, Scored, Visits
-from hf_importance.theory.costs import HYSTERESIS
+from hf_importance.theory.costs import ON_BELOW
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Observe(Auto):
         """Let both learn, and count what this step would have cost."""
         super().learn(tau, sums)
         seen, presample = self.state.seen, self.fresh.price() if self.fresh.state.on else 1.0
-        history = 1.0 if self.run.table is None else self.remembered.price * HYSTERESIS
+        memory = math.inf if self.run.table is None else self.remembered.price
+        history = memory if memory < ON_BELOW else 1.0
         seen.steps += 1
         cheapest = min(presample, history, 1.0)
         if cheapest < 1:

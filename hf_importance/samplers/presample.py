@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from hf_importance.batches.reserve import reserve_unit
-from hf_importance.checkpoint.schema import listed, number
+from hf_importance.checkpoint.schema import COUNT, listed, number, optional
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
-from hf_importance.theory.costs import Budget, Plan, plan, price, relative_variance
+from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW, Budget, Plan, plan, price, relative_variance
 from hf_importance.theory.sampling import Resampling, bias_weights, resample
 from hf_importance.theory.tau import derived_threshold
 from hf_importance.theory.variance import SHARES, VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 # The fewest scores that say something about how few of them matter.
 FEWEST_SCORES = 16
-# It goes off again where it costs 2 % more than uniform steps, so that noise does not make it flap.
-TOLERATED_PRICE = 1.02
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Presample(Sampler):
 
     Attributes:
         ratio: Pool over batch, ``B / b``, above 1; None: what is cheapest by what is measured.
-        threshold: τ above which it is on, above 1; None: while the noise of a uniform step costs less than one.
+        threshold: τ above which it is on, at any step, above 1; None: the price of a uniform step's noise decides.
         budget: What the gain is spent on, see :mod:`hf_importance.theory.costs`; None: ``"constant_variance"`` with
             the cheapest pool, else ``"variance"``.
         score: As for :class:`Sampler`; also ``"gradient_norm"``, the true norm, one backward pass an example.
@@ -48,8 +46,9 @@ class Presample(Sampler):
         kappa: Cost of scoring an example over that of training one, where it is known; None: measured.
         fewest: A micro-batch that is trained on holds at least so many examples, or all of a batch: what keeps the
             device busy.
-        on_below: Price below which it goes on.
-        off_above: Price above which it goes off.
+        on_below: Price below which it goes on, positive; not within a twentieth of an epoch (of a stream: 20 steps)
+            of the last switch, nor of the end of the run.
+        off_above: Price above which it goes off, at least ``on_below``; as long after the last switch.
     """
 
     ratio: float | None = None
@@ -62,14 +61,15 @@ class Presample(Sampler):
     bias: float = 1.0
     kappa: float | None = None
     fewest: int = 1
-    on_below: float = 1.0
-    off_above: float = TOLERATED_PRICE
+    on_below: float = ON_BELOW
+    off_above: float = OFF_ABOVE
 
     @dataclass
     class State:
         """What it has learnt."""
 
         on: bool = False
+        switched: Annotated[int | None, optional(COUNT)] = None  # optimizer steps done when a price last switched it
         moments: Annotated[list[float], listed(number(0, 1e300), len(SHARES))] = field(
             default_factory=lambda: [0.0] * len(SHARES)
         )
@@ -85,6 +85,8 @@ class Presample(Sampler):
         if self.kappa is not None:
             check_range("kappa", self.kappa, 0, 1, "It is what scoring costs over training.", open_low=True)
         check_range("fewest", self.fewest, 1, math.inf, "1 is the default.")
+        check_range("on_below", self.on_below, 0, math.inf, f"{ON_BELOW} is the default.", open_low=True)
+        check_range("off_above", self.off_above, self.on_below, math.inf, "Below on_below it would go off at once.")
         check_choice("resampling", self.resampling, get_args(Resampling))
         if self.budget is None:
             self.budget = "constant_variance" if self.ratio is None else "variance"
@@ -101,7 +103,7 @@ class Presample(Sampler):
         self._factor = WithoutReplacement(self.momentum)
         self._warned = False
         if self.kappa is not None:
-            run.clock.load(self.kappa)
+            run.clock.give(self.kappa)
 
     # ---- Price ----
 
@@ -147,8 +149,17 @@ class Presample(Sampler):
         return price(self.plan(), self.run.batch_size, self.variance_factor, self.budget)
 
     def pays(self) -> bool:
-        """Say whether, between this and uniform steps, the next ones should be this."""
+        """Say whether, between this and uniform steps, the next ones should be this by their price."""
         return self.run.clock.measured and self.price() < (self.off_above if self.state.on else self.on_below)
+
+    @property
+    def held(self) -> bool:
+        """Whether the last switch by a price is too recent for another."""
+        return self.state.switched is not None and self.run.step() - self.state.switched < self.run.stay
+
+    def switch(self, on: bool) -> None:
+        """Go on or off, by a price."""
+        self.state.on, self.state.switched = on, self.run.step()
 
     # ---- Decide ----
 
@@ -197,8 +208,12 @@ class Presample(Sampler):
         if sums:
             self._factor.average(sums)
             self.state.moments = self._factor.state()
-        if not self.run.visiting():
-            self.state.on = self.pays() if self.threshold is None else self.run.tau() > self.threshold
+        if self.run.visiting():
+            return
+        if self.threshold is not None:
+            self.state.on = self.run.tau() > self.threshold
+        elif not self.held and self.pays() != self.state.on and (self.state.on or not self.run.ending):
+            self.switch(not self.state.on)
 
     # ---- Say, save ----
 

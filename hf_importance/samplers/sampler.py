@@ -15,6 +15,7 @@ the run's. ``hf_importance.testing.SamplerLaws`` holds a sampler to the laws tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.checkpoint.schema import from_state
+from hf_importance.theory.costs import STAY, STREAM_STAY
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,16 @@ class Facts:
     def progress(self) -> float:
         """Share of the optimizer steps that are done, in ``[0, 1]``."""
         return min(self.step() / self.steps(), 1.0)
+
+    @property
+    def stay(self) -> int:
+        """Optimizer steps from one switch to the next, at least, where prices decide: a twentieth of an epoch."""
+        return math.ceil(STAY * self.updates) if self.updates else STREAM_STAY
+
+    @property
+    def ending(self) -> bool:
+        """Whether fewer steps than that are left, so that nothing goes on any more."""
+        return self.steps() - self.step() < self.stay
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_importance.ranks import Ranks
+from hf_importance.run.clock import FEWEST_PAIRS, PAIR_EVERY, PAIRS
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored, Visits
 from hf_importance.trainer import ImportanceTrainer
 
@@ -160,9 +161,10 @@ class CountingTrainer(ImportanceTrainer):
         return found
 
     def check_collectives(self) -> None:
-        """No more than that, but for a step in which it switches, and two in which the clock settles."""
+        """No more than that, but for a step in which it switches, two more, and steps by pools that are timed."""
         switches = max(entry.get("importance/switches", 0) for entry in self.state.log_history)
-        assert sum(max(beyond, 0) for beyond in self.beyond) <= switches + 2, self.beyond
+        timed = FEWEST_PAIRS + (switches + 1) * PAIRS + len(self.beyond) // PAIR_EVERY if self.sampler.timed else 0
+        assert sum(max(beyond, 0) for beyond in self.beyond) <= switches + 2 + timed, self.beyond
 
 
 class SaveWithin(TrainerCallback):

@@ -36,8 +36,11 @@ Budget = Literal["variance", "constant_variance", "constant_time"]
 
 # The paper's: a backward pass costs two forward passes. Used until it is measured.
 ASSUMED_KAPPA = 1 / 3
-# A source of examples takes over where it is cheaper by this factor, and stays while it is not dearer.
-HYSTERESIS = 1.05
+# A source of examples (pools, memory) takes over where equal noise costs less than this share of what it costs by the
+# one at hand, and gives way where it costs more: a price of 0.98 buys nothing, and noise would make it flap.
+ON_BELOW, OFF_ABOVE = 0.9, 1.0
+# Of an epoch, from one switch to the next at least; of a stream, which has none, optimizer steps.
+STAY, STREAM_STAY = 1 / 20, 20
 # A pool of 16 batches has a sixteenth of a batch's variance of its own: a larger one buys at most that much.
 LARGEST_RATIO = 16
 # Shares among which the best is looked for, 1 % apart; a smaller one would keep 1 of 1,024.
