@@ -20,6 +20,7 @@ from hf_importance.objective.loss import Objective
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import ranks_of
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.versions import says_how_it_is_scaled
 
 Owner = TypeVar("Owner")
 
@@ -66,7 +67,7 @@ def objective_of(
         multiplied=ranks.size if averaged else 1,
         # Only where nobody else has a say in how the loss is computed and scaled.
         repairs=not any(name in hooks for hooks in own_code for name in ("compute_loss", "training_step"))
-        and type(trainer).loss_is_scaled_for_ga is None
+        and not says_how_it_is_scaled(type(trainer))
         and (trainer.compute_loss_func is None or example_losses is not None),
         sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
         fused=_fused(trainer),
