@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, CLASSES, LENGTH, PAD, Architecture, table
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ def step(
     drawn, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(batches)
     total = sum(trainer.training_step(model, one, count) for one in drawn)
-    return total, gradients(model)
+    return total, toys.gradient(model.parameters())
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

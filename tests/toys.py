@@ -5,8 +5,12 @@ import random
 import re
 
 import numpy as np
+import pytest
 import torch
+import transformers
+from accelerate.state import GradientState
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from transformers import (
     BertConfig,
@@ -27,6 +31,12 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.batches.entries import INDEX, WEIGHTS
 from hf_importance.objective.scorer import Scorer
 from hf_importance.testing.watched import leave_processes as leave_processes
+
+
+def since(version: str):
+    """Mark a test of what transformers has from a version on."""
+    older = Version(transformers.__version__) < Version(version)
+    return pytest.mark.skipif(older, reason=f"transformers has it from {version} on")
 
 
 def vit(dropout: float = 0.0, seed: int = 0, **config) -> nn.Module:
@@ -190,6 +200,15 @@ def handed(trainer: Trainer, batches: list) -> list[dict]:
 def _named(weights, index) -> dict:
     found = {WEIGHTS: weights, INDEX: index}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def gradient(parameters) -> torch.Tensor:
+    """The gradient of an optimizer step, flat, zero where there is none.
+
+    Up to transformers 5.4 its Trainer, the plain one too, has accelerate divide it by the micro-batches once more.
+    """
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([each.flatten() for each in found]) * GradientState().num_steps
 
 
 OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: "

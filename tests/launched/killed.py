@@ -138,7 +138,7 @@ def wait(pids, seconds, memory=None):
 
 
 def caught(pids, memory, phase, ended):
-    """Stop the ranks and say whether the first is in a phase; where not, they go on. Those that have ended are kept."""
+    """Stop the ranks and say whether the first is in a phase; where not, they go on. Those that ended are noted."""
     for pid in pids:
         if pid not in ended:
             os.kill(pid, signal.SIGSTOP)
