@@ -3,11 +3,11 @@
 import logging
 import random
 import re
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from accelerate.state import GradientState
 from datasets import Dataset
 from packaging.version import Version
@@ -33,10 +33,10 @@ from hf_importance.objective.scorer import Scorer
 from hf_importance.testing.watched import leave_processes as leave_processes
 
 
-def since(version: str):
-    """Mark a test of what transformers has from a version on."""
-    older = Version(transformers.__version__) < Version(version)
-    return pytest.mark.skipif(older, reason=f"transformers has it from {version} on")
+def since(version: str, package: str = "transformers"):
+    """Mark a test of what a package has from a version on."""
+    older = Version(metadata.version(package)) < Version(version)
+    return pytest.mark.skipif(older, reason=f"{package} has it from {version} on")
 
 
 def vit(dropout: float = 0.0, seed: int = 0, **config) -> nn.Module:
