@@ -299,12 +299,10 @@ class TestSFT:
             assert all("importance/tau" in entry for entry in losses(trainer))
 
     def test_on_but_uniform_it_is_the_plain_sft_trainer_with_dropout_too(self, tmp_path):
-        never = {"max_steps": 6, "tau_threshold": 2.0, "presample_ratio": 3.0}
-        trainers = [
-            sft(tmp_path, model=features.llama(attention_dropout=0.3), mixed=m, **never) for m in (True, False)
-        ]
-        for trainer in trainers:
-            trainer.train()
+        trainers = []
+        for mixed, never in ((True, {"tau_threshold": 2.0, "presample_ratio": 3.0}), (False, {})):
+            trainers.append(sft(tmp_path, mixed, features.llama(attention_dropout=0.3), max_steps=6, **never))
+            trainers[-1].train()
         toys.same_run(*trainers)
         assert trainers[0]._run.watch.barred is None
 

@@ -1,7 +1,7 @@
 """Run the suite's part on exactness and resume with other releases: ``python tests/try_versions.py``.
 
-    python tests/try_versions.py                    # the lowest set that pyproject.toml allows, and the newest there is
-    python tests/try_versions.py 5.10.4 5.16.1      # these releases of transformers, beside
+    python tests/try_versions.py                # the lowest set that pyproject.toml allows, and the newest there is
+    python tests/try_versions.py 5.10.4 5.16.1  # these releases of transformers, beside
 
 Each set gets a virtual environment of its own, with torch as --torch says. What it prints stands in docs/versions.md.
 """
@@ -50,7 +50,9 @@ def row(python: Path | str, folder: Path) -> tuple[str, bool]:
     versions = run(python, "-c", code, capture_output=True, check=True).stdout.split()
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in PART]
     report = folder / "report.xml"
-    run(python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}", *files, cwd=ROOT)
+    run(
+        python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}", *files, cwd=ROOT, stdout=2
+    )
     counts = ElementTree.parse(report).find("testsuite").attrib
     total, skipped = int(counts["tests"]), int(counts["skipped"])
     failed = int(counts["failures"]) + int(counts["errors"])
@@ -68,9 +70,8 @@ def main() -> None:
     sets = [[f"transformers=={release}", "accelerate", "datasets"] for release in given.releases]
     sets = sets or [lowest(), ["transformers", "accelerate", "datasets"]]
     fine = True
-    print(
-        "| Python |", " | ".join(SHOWN), "| passed | skipped | failed | took |\n|---|---|---|---|---|--:|--:|--:|--:|"
-    )
+    print("| Python |", " | ".join(SHOWN), "| passed | skipped | failed | took |")
+    print("|---" * 5 + "|--:" * 4 + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         made = (install(Path(folder, str(i)), wanted, given.torch) for i, wanted in enumerate(sets))
         for python in given.python or made:
