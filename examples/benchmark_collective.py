@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.testing import leave_processes
 
 
 @dataclass
@@ -150,7 +151,7 @@ def work(rank: int, world: int, port: int, settings: BenchmarkArguments, queue) 
         }
     if rank == 0:
         queue.put(found)
-    dist.destroy_process_group()
+    leave_processes()
 
 
 def measure(world: int, port: int, settings: BenchmarkArguments) -> dict:

@@ -25,3 +25,5 @@ from hf_importance.trainer import ImportanceMixin as ImportanceMixin
 from hf_importance.trainer import ImportanceTrainer as ImportanceTrainer
 from hf_importance.training_args import ImportanceArguments as ImportanceArguments
 from hf_importance.training_args import ImportanceTrainingArguments as ImportanceTrainingArguments
+
+__version__ = "0.1.0"

@@ -31,6 +31,7 @@ from hf_importance.run.start import RunCallback, indexed_loader, start
 from hf_importance.samplers.choose import chosen
 from hf_importance.samplers.sampler import Sampler
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.versions import loss_is_scaled, scale_of_one_loss
 
 
 class ImportanceMixin(Trainer):
@@ -129,8 +130,7 @@ class ImportanceMixin(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch as ``Trainer`` does, and see that it descends the loss that was computed."""
-        scaled = self.loss_is_scaled_for_ga
-        try:
+        with scale_of_one_loss(self):
             if self._run is None:
                 return super().training_step(model, inputs, *args, **kwargs)
             if self._run.watch.leaves_out():
@@ -139,8 +139,6 @@ class ImportanceMixin(Trainer):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._run.watch.returned(loss)
             return loss
-        finally:
-            self.loss_is_scaled_for_ga = scaled
 
     def compute_loss(
         self,
@@ -165,7 +163,7 @@ class ImportanceMixin(Trainer):
         else:
             return own(model, inputs, return_outputs)
         if objective.scaled:  # ours is the share of the step already, so training_step must not divide again
-            self.loss_is_scaled_for_ga = True
+            loss_is_scaled(self)
         return (loss, objective.completed(outputs, loss)) if return_outputs else loss
 
     # ---- Log ----

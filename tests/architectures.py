@@ -28,6 +28,7 @@ class Architecture:
         over_step: Whether its own loss is divided by ``num_items_in_batch`` when Trainer gives it.
         rows: Makes the inputs of ``size`` examples.
         pads: Whether a longer padding leaves its examples alone; images have none.
+        since: The version of transformers that first makes its config.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Architecture:
     over_step: bool = False
     rows: Callable[[int], Batch] = field(default=lambda size: text(size))
     pads: bool = True
+    since: str = "5.4"
 
     def build(self, **settings: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -301,13 +303,8 @@ ARCHITECTURES = [
     _text("ELECTRA", "one class", "ElectraForSequenceClassification", {**BERT, "embedding_size": 8}),
     _text("DeBERTa-v2", "one class", "DebertaV2ForSequenceClassification", {**BERT, "pooler_hidden_size": 16}),
     _text("MPNet", "masked LM", "MPNetForMaskedLM", BERT),
-    _text(
-        "ModernBERT",
-        "one class",
-        "ModernBertForSequenceClassification",
-        MODERN,
-    ),
-    _text("ModernBERT", "masked LM", "ModernBertForMaskedLM", MODERN, True),
+    _text("ModernBERT", "one class", "ModernBertForSequenceClassification", MODERN, since="5.19"),
+    _text("ModernBERT", "masked LM", "ModernBertForMaskedLM", MODERN, True, since="5.19"),
     _text("GPT-2", "causal LM", "GPT2LMHeadModel", GPT2, True),
     _text("GPT-2", "one class", "GPT2ForSequenceClassification", GPT2),
     _text("GPT-2", "token classification", "GPT2ForTokenClassification", GPT2),

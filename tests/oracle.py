@@ -26,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from torch import nn
@@ -34,6 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification, PrinterCallb
 
 import hf_importance
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.testing import leave_processes
 
 BATCH = 16
 SECONDS = 240  # a hang is a failure
@@ -325,7 +325,7 @@ def launched(names: list[str]) -> dict[str, dict]:
 def on_this_rank(folder: str, names: list[str]) -> None:
     found = {name: result(RUNS[name], Path(folder, name)) for name in names}
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 def results(names: list[str]) -> Iterator[tuple[str, dict]]:

@@ -145,7 +145,7 @@ class Gradients(TrainerCallback):
         self.found, self.drawn = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found.append(flat(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()))
+        self.found.append(toys.gradient(model.parameters()))
         run = getattr(self.trainer, "_run", None)
         self.drawn.append(run is not None and run.step is not None and run.step.drawn)
 

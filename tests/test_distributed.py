@@ -148,6 +148,7 @@ def test_two_machines_give_the_same_run(two, tmp_path):
     check_same(results(tmp_path, 2), two)
 
 
+@toys.since("1.13", "accelerate")  # before, processes without a GPU find each other without being told
 def test_a_launch_that_ended_up_as_separate_runs_is_refused(tmp_path):
     command = [*ACCELERATE, "--multi_gpu", "--num_processes", "2"]
     found = attempt(command, "plain_script.py", tmp_path, ACCELERATE_USE_CPU=None)

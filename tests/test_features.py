@@ -259,7 +259,9 @@ def test_bf16_weights_are_scored_in_float32(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # the older name
-@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("activation_checkpointing", marks=toys.since("5.17")), "gradient_checkpointing"]
+)
 def test_activation_checkpointing_recomputes_in_training_only_and_changes_nothing(tmp_path, name):
     ends = []
     for on in (False, True):
@@ -275,6 +277,7 @@ def test_activation_checkpointing_recomputes_in_training_only_and_changes_nothin
     torch.testing.assert_close(*ends)
 
 
+@toys.since("5.17")
 def test_activation_checkpointing_with_gradient_norm_scores(tmp_path):
     args = toys.always_on(tmp_path, activation_checkpointing=True, score="gradient_norm", max_steps=3, logging_steps=3)
     watch(toys.bert(), args, toys.sentences())
@@ -325,7 +328,7 @@ def test_the_batch_size_that_fits_is_found_and_the_pool_follows(tmp_path, digits
         return 1.0 + labels
 
     args = toys.always_on(
-        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=10, max_steps=4, logging_steps=1
+        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, max_steps=4, logging_steps=1
     )
     trainer = watch(model, args, digits.select(range(128)), compute_score_func=score)
     assert trainer.state.train_batch_size == 8
@@ -343,7 +346,7 @@ def test_no_memory_for_scoring_makes_the_batch_smaller_too(tmp_path, digits):
 
     model.register_forward_pre_hook(too_large, with_kwargs=True)
     args = toys.always_on(
-        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=10, max_steps=4, logging_steps=1
+        tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, max_steps=4, logging_steps=1
     )
     trainer = watch(model, args, digits.select(range(128)))
     assert trainer.state.train_batch_size == 8
@@ -361,7 +364,7 @@ def test_a_batch_size_too_small_for_the_threshold_is_said(tmp_path, digits, capl
             raise RuntimeError("CUDA out of memory. (not really)")
 
     model.register_forward_pre_hook(too_large, with_kwargs=True)
-    args = toys.arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=5, max_steps=2)
+    args = toys.arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=2)
     with caplog.at_level("WARNING", "hf_importance"):
         trainer = toys.run(Watched, model, args, digits.select(range(64)))
     assert trainer.state.train_batch_size == 4
@@ -371,7 +374,9 @@ def test_a_batch_size_too_small_for_the_threshold_is_said(tmp_path, digits, capl
 # ---- Order and loading of the data ----
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize(
+    "strategy", ["random", "group_by_length", pytest.param("batch_rebalance", marks=toys.since("5.17"))]
+)
 def test_sampling_strategies_give_the_own_batches_of_the_plain_trainer(tmp_path, strategy):
     tok = tokenizer()
     data = classified(tok)
@@ -399,6 +404,7 @@ def test_a_given_order_is_kept_and_a_warning_says_that_nothing_is_drawn(tmp_path
     assert torch.equal(torch.cat([batch["labels"] for batch in trainer.trained]), data[:]["labels"])
 
 
+@toys.since("5.17")
 def test_a_micro_batch_of_one_long_text_is_no_packed_one(tmp_path):
     tok = tokenizer()
     rows = [{"input_ids": [i % 40] * (3 if i % 8 else 300), "labels": i % 4} for i in range(64)]

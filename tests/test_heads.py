@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from architectures import ARCHITECTURES, CLASSES, LENGTH, PAD, Architecture, table
 from torch import Tensor, nn
 from toys import arguments, check_off
@@ -50,7 +51,7 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(a, id=f"{a.model}, {a.task}") for a in ARCHITECTURES],
+    params=[pytest.param(a, id=f"{a.model}, {a.task}", marks=toys.since(a.since)) for a in ARCHITECTURES],
 )
 def case(request, tmp_path_factory) -> Case:
     architecture = request.param
@@ -174,7 +175,7 @@ def step(
     drawn, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(batches)
     total = sum(trainer.training_step(model, one, count) for one in drawn)
-    return total, gradients(model)
+    return total, toys.gradient(model.parameters())
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -189,10 +190,21 @@ def test_evaluation_and_prediction_are_the_plain_trainers(case):
     ours.get_batch_samples(iter(split(case.batch, SIZE // 2)), 2, torch.device("cpu"))
     metrics = [{k: v for k, v in t.evaluate().items() if k == "eval_loss"} for t in (ours, plain)]
     assert metrics[0] == metrics[1] and "eval_loss" in metrics[0]
-    found, expected = ours.predict(ours.eval_dataset), plain.predict(plain.eval_dataset)
-    for one, other in zip(*(nested(result.predictions) for result in (found, expected)), strict=True):
+    (found, loss), (expected, own) = predicted(ours), predicted(plain)
+    for one, other in zip(found, expected, strict=True):
         assert (one == other).all()
-    assert found.metrics["test_loss"] == expected.metrics["test_loss"]
+    assert loss == own
+
+
+def predicted(trainer: Trainer) -> tuple[list, float | str]:
+    """What it predicts and the loss; or its error: not every release gathers the caches that some models give."""
+    try:
+        found = trainer.predict(trainer.eval_dataset)
+    except TypeError as error:
+        if "_pad_across_processes" not in str(error):
+            raise
+        return [], str(error)
+    return nested(found.predictions), found.metrics["test_loss"]
 
 
 def nested(value) -> list:

@@ -201,7 +201,6 @@ def test_scoring_restores_each_modules_mode_and_moves_no_statistics(digits):
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_scripted_module_scores_without_dropout_too():
     model = torch.nn.Sequential(torch.jit.script(torch.nn.Dropout(0.5)), torch.nn.Dropout(0.5))
     inputs = torch.ones(64)

@@ -16,7 +16,7 @@ class FirstGradient(toys.TrainerCallback):
     """Keeps the gradient of the first optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        self.gradient = toys.gradient(model.parameters())
 
 
 def first_step(kind, tmp_path, model, dataset, size, accumulation, **overrides):

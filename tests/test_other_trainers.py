@@ -285,13 +285,34 @@ class TestSFT:
         assert torch.equal(ends[0][0], ends[1][0])
         assert ends[0][1] == ends[1][1]
 
-    @pytest.mark.parametrize(("sampling", "passes"), [(False, 1), (True, 2)])
-    def test_forward_passes_of_a_uniform_step(self, tmp_path, sampling, passes):
-        # Its fused head gives no logits, so that scores cost a forward pass more; without scores there is none.
-        trainer, calls = sft(tmp_path, importance_sampling=sampling, max_steps=1, presample_ratio=3.0), []
-        trainer.model.model.register_forward_hook(lambda *_: calls.append(1))
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("sampling", [False, True])
+    def test_a_uniform_step_has_one_forward_pass(self, tmp_path, sampling, adapted):
+        # Its fused head gives no logits: they are made of the hidden states of the same pass. How, one pass tells.
+        model, calls = adapted_llama() if adapted else features.llama(), []
+        trainer = sft(tmp_path, model=model, importance_sampling=sampling, tau_threshold=2.0, presample_ratio=3.0)
+        model.get_decoder().register_forward_hook(lambda module, *_: calls.append(module.training))
         trainer.train()
-        assert len(calls) == passes
+        assert sum(calls) == 4 and len(calls) - sum(calls) == sampling
+        if sampling:
+            assert [entry["importance/active_share"] for entry in losses(trainer)] == [0] * 4
+            assert all("importance/tau" in entry for entry in losses(trainer))
+
+    def test_on_but_uniform_it_is_the_plain_sft_trainer_with_dropout_too(self, tmp_path):
+        trainers = []
+        for mixed, never in ((True, {"tau_threshold": 2.0, "presample_ratio": 3.0}), (False, {})):
+            trainers.append(sft(tmp_path, mixed, features.llama(attention_dropout=0.3), max_steps=6, **never))
+            trainers[-1].train()
+        toys.same_run(*trainers)
+        assert trainers[0]._run.watch.barred is None
+
+    def test_logits_made_of_hidden_states_are_the_models_own(self, tmp_path):
+        trainer = sft(tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        model = trainer.model.eval()
+        own = model(**trainer._objective.head.model_inputs(batch)).logits
+        _, outputs = trainer._objective.fused(super(ImportanceMixin, trainer).compute_loss, model, batch)
+        torch.testing.assert_close(outputs.logits, own.detach())
 
     def test_a_tokenizer_that_pads_left(self, tmp_path):
         # TRL's collator pads on the right all the same; the loss of a drawn row is that of its text alone.

@@ -1,6 +1,7 @@
 """The wheel: it builds, installs and imports alone, with its types, and brings nothing but the package."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,7 +9,22 @@ from pathlib import Path
 
 import pytest
 
+import hf_importance
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_every_place_tells_the_same_version():
+    version = hf_importance.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1].rstrip(",") == version
+
+
+def test_the_lowest_versions_are_those_that_the_documents_tell():
+    bounds = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    said = (ROOT / "docs" / "versions.md").read_text()
+    for name, version in re.findall(r'"(\w+)>=([\d.]+)', bounds):
+        assert f"`{name}>={version}" in said
 
 
 @pytest.mark.slow  # builds in an environment of its own, which pip fills from the index

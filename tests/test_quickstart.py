@@ -2,10 +2,10 @@
 
 import os
 import re
+import resource
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +120,11 @@ def test_a_model_without_a_dataset_is_refused_and_the_reverse(given):
 
 @pytest.mark.slow
 def test_the_default_takes_less_than_two_minutes_and_goes_on(tmp_path):
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output, table, stderr = quickstart(tmp_path / "here")
-    assert time.perf_counter() - started < 120
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor, with one thread: on a machine that does other things as well, a clock on the wall says more.
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 120
     assert "importance sampling on after step" in output + stderr
     assert table["ImportanceTrainer"][5] > 0
     # The tiny ViT solves the digits; which side does better is for the table to say.

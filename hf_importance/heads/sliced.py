@@ -47,6 +47,9 @@ class SlicedHead:
     Args:
         model: The module that scoring runs.
         head: Its head.
+
+    Attributes:
+        finish: What the model does behind its output layer, once that is known.
     """
 
     def __init__(self, model: nn.Module, head: TokenHead) -> None:
@@ -54,7 +57,7 @@ class SlicedHead:
         self.layer: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
         text = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
         self._candidates = finishes(text)
-        self._finish: Finish | None = None
+        self.finish: Finish | None = None
 
     def applies(self, inputs: Mapping[str, Any]) -> bool:
         """Say whether slices are worth it: whether the logits of the batch would be more than one piece."""
@@ -73,11 +76,23 @@ class SlicedHead:
         Returns:
             Shape ``(b,)``, float32; None where the model's logits are not the output layer's, finished in a known way.
         """
+        found = self.hidden(model, inputs)
+        if found is None:
+            return None
+        with found[1]:
+            return self._in_slices(found[0], inputs, kind)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Give the logits of hidden states, shape ``(..., vocabulary)``, once it is known how they are made."""
+        return self.finish(self.layer(hidden))
+
+    def hidden(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any] | None:
+        """Give what a batch brings to the output layer, ``(b, T, width)``, and the autocast there; None as above."""
         seen: list[tuple[Tensor, Any]] = []
 
         def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = arguments[0]
-            seen.append((hidden, _autocast_like_now(hidden.device)))
+            seen.append((hidden, autocast_like_now(hidden.device)))
             return (hidden[:, :1],)
 
         hook = self.layer.register_forward_pre_hook(keep)
@@ -90,12 +105,12 @@ class SlicedHead:
             return None
         hidden, autocast = seen[0]
         with autocast:
-            if self._finish is None:
-                self._finish = self._find_finish(hidden[:, :1], probe)
-            if self._finish is None:
-                self.layer = None
-                return None
-            return self._in_slices(hidden, inputs, kind)
+            if self.finish is None:
+                self.finish = self._find_finish(hidden[:, :1], probe)
+        if self.finish is None:
+            self.layer = None
+            return None
+        return hidden, autocast
 
     def _find_finish(self, hidden: Tensor, probe: Tensor) -> Finish | None:
         raw = self.layer(hidden)
@@ -111,7 +126,7 @@ class SlicedHead:
         rows = max(1, PIECE // len(self.layer.weight))
         found = []
         for states, labels in zip(hidden.flatten(0, 1).split(rows), targets.reshape(-1).split(rows), strict=True):
-            logits = self._finish(self.layer(states))
+            logits = self.logits(states)
             if kind == "loss":
                 found.append(losses.cross_entropy(logits, labels, self.head.label_smoothing))
             else:
@@ -120,7 +135,7 @@ class SlicedHead:
         return per_token.sum(dim=-1) if kind == "loss" else self.head.aggregate(per_token)
 
 
-def _autocast_like_now(device: torch.device) -> contextlib.AbstractContextManager:
+def autocast_like_now(device: torch.device) -> contextlib.AbstractContextManager:
     """Give a context with the autocast that is in force now: the slices run outside the model's own forward."""
     kind = device.type
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))

@@ -17,6 +17,7 @@ from hf_importance.batches.entries import WEIGHTS, batch_size_of
 from hf_importance.batches.random import isolated_rng
 from hf_importance.heads.head import Head
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
+from hf_importance.objective.fused import FusedLoss
 from hf_importance.objective.proof import COARSE, Evidence, compare, compare_values
 from hf_importance.objective.scale import LossScale
 from hf_importance.objective.scorer import evaluation_mode
@@ -44,7 +45,7 @@ class Objective:
         repairs: Whether a mean over the micro-batch may be brought to one over the step; not where the user's own
             code computes or scales the loss.
         sharded: Whether parameters are whole only inside the wrapped model's forward.
-        fused: Whether the loss is that of a trainer that is known to compute it without making logits.
+        fused: Gives the loss of a trainer that is known to compute it without making logits, else None.
 
     Attributes:
         step_items: Items of the optimizer step in progress, over all ranks; None where each micro-batch is a step of
@@ -65,7 +66,7 @@ class Objective:
         multiplied: int,
         repairs: bool,
         sharded: bool,
-        fused: bool = False,
+        fused: FusedLoss | None = None,
     ) -> None:
         self.head = head
         self.scale = None if head is None else LossScale(head, shifts_labels)
@@ -167,7 +168,7 @@ class Objective:
         self.scaled = self.without_labels = False
         computes = self.head.computes
         if weights is None and WEIGHTS not in batch and not computes:
-            found = own(model, dict(batch), wanted or prove or self._learns_scale(model))
+            found = self._own(own, model, batch, wanted or prove or self._learns_scale(model))
             loss, outputs = found if isinstance(found, tuple) else (found, None)
             try:
                 evidence = self._evidence(own, model, batch, loss, outputs, num_items) if prove else None
@@ -176,11 +177,10 @@ class Objective:
                 if should_reduce_batch_size(error):  # out of memory, which auto_find_batch_size waits for
                     raise
                 return loss, outputs, f"{error}"
-        evidence: Evidence | str | None = None
-        outputs: Any = None
+        evidence, outputs = None, None
         if prove and not computes:
             # One forward pass gives both losses; only the weighted one is descended.
-            plain, outputs = own(model, {name: v for name, v in batch.items() if name != WEIGHTS}, True)
+            plain, outputs = self._own(own, model, {n: v for n, v in batch.items() if n != WEIGHTS}, True)
             try:
                 evidence = self._evidence(own, model, batch, plain, outputs, num_items)
             except Exception as error:  # as above
@@ -196,6 +196,9 @@ class Objective:
             except Exception as error:
                 evidence = f"{error}"
         return loss, outputs, evidence
+
+    def _own(self, own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], wanted: bool) -> Any:
+        return self.fused(own, model, batch) if wanted and self.fused else own(model, dict(batch), wanted)
 
     def _learns_scale(self, model: nn.Module) -> bool:
         """Say whether this model's loss is needed at a scale that is not known."""

@@ -16,10 +16,12 @@ from hf_importance.heads.head import Head
 from hf_importance.heads.sliced import SlicedHead
 from hf_importance.heads.tasks import TokenHead
 from hf_importance.heads.user_loss import ExampleLossHead
+from hf_importance.objective.fused import FusedLoss
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import ranks_of
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.versions import says_how_it_is_scaled
 
 Owner = TypeVar("Owner")
 
@@ -54,9 +56,11 @@ def objective_of(
     smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
     ranks = ranks_of(trainer)
     sampling, averaged = settings.importance_sampling, trainer.args.average_tokens_across_devices
+    head = _example_head(model, example_losses) or head_of(model, smoothing, trainer.compute_loss_func)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return Objective(
         model,
-        _example_head(model, example_losses) or head_of(model, smoothing, trainer.compute_loss_func),
+        head,
         settings.batch_norm,
         shifts_labels=getattr(trainer, "_loss_shifts_labels", False),
         takes_items=trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None,
@@ -66,10 +70,10 @@ def objective_of(
         multiplied=ranks.size if averaged else 1,
         # Only where nobody else has a say in how the loss is computed and scaled.
         repairs=not any(name in hooks for hooks in own_code for name in ("compute_loss", "training_step"))
-        and type(trainer).loss_is_scaled_for_ga is None
+        and not says_how_it_is_scaled(type(trainer))
         and (trainer.compute_loss_func is None or example_losses is not None),
-        sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        fused=_fused(trainer),
+        sharded=sharded,
+        fused=FusedLoss(model, head, sharded) if _fused(trainer) else None,
     )
 
 

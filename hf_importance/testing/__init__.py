@@ -20,3 +20,4 @@ with contextlib.suppress(ImportError):  # a process of two ranks needs none
     pytest.register_assert_rewrite("hf_importance.testing.laws", "hf_importance.testing.watched")
 
 from hf_importance.testing.laws import SamplerLaws as SamplerLaws
+from hf_importance.testing.watched import leave_processes as leave_processes

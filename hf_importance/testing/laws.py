@@ -24,6 +24,7 @@ from hf_importance.testing.watched import (
     Seen,
     Watched,
     in_front,
+    leave_processes,
     outcome,
     toy_data,
     toy_model,
@@ -198,7 +199,7 @@ def _on_this_rank(module: str, name: str, folder: str) -> None:
     assert trainer.args.world_size == 2
     trainer.check_collectives()
     Path(folder, f"{trainer.args.process_index}.json").write_text(json.dumps(outcome(trainer)))
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

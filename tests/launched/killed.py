@@ -137,9 +137,26 @@ def wait(pids, seconds, memory=None):
     return ended
 
 
+def caught(pids, memory, phase, ended):
+    """Stop the ranks and say whether the first is in a phase; where not, they go on. Those that ended are noted."""
+    for pid in pids:
+        if pid not in ended:
+            os.kill(pid, signal.SIGSTOP)
+            _, status = os.waitpid(pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                ended[pid] = os.waitstatus_to_exitcode(status)
+    if PHASES[memory[0][0]] == phase:
+        return True
+    for pid in pids:
+        if pid not in ended:
+            os.kill(pid, signal.SIGCONT)
+    return False
+
+
 def kill(pids, number=signal.SIGKILL):
     for pid in pids:
         os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)  # where it was caught in a phase
     for pid in pids:
         os.waitpid(pid, 0)
 
@@ -210,10 +227,8 @@ def kill_again_and_again(root, ranks, kills, random_moment, number=signal.SIGKIL
             counted_from_first_step = memory if random_moment.random() < 0.9 else None
             moment = random_moment.uniform(0, 0.5) * seconds if killed < kills else 200
             ended = wait(pids, moment, counted_from_first_step)
-            while len(ended) < ranks and phase is not None and PHASES[memory[0][0]] not in (phase, "ended"):
+            while phase is not None and len(ended) < ranks and not caught(pids, memory, phase, ended):
                 ended.update(wait([pid for pid in pids if pid not in ended], 0.001))
-            if phase is not None and phase != "ended" and PHASES[memory[0][0]] == "ended":  # it came too late
-                ended.update(wait([pid for pid in pids if pid not in ended], 200))
             if len(ended) < ranks:
                 tally[PHASES[memory[0][0]]] += 1
                 kill([pid for pid in pids if pid not in ended], number)

@@ -126,7 +126,7 @@ def main():
     for name, case in CASES.items():
         found = {kind.__name__: train(kind, folder / "run", **case) for kind in (ImportanceTrainer, Trainer)}
         (folder / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":

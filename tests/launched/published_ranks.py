@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.distributed as dist
 import toys
 
 from hf_importance import ImportanceTrainer
@@ -80,8 +79,7 @@ def main():
     trainers["resumed"].train(resume_from_checkpoint=str(folder / "prioritized" / "checkpoint-21"))
     for name, trainer in trainers.items():
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen(trainer)))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    toys.leave_processes()
 
 
 if __name__ == "__main__":
