@@ -264,7 +264,8 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
     """Train and measure once."""
     torch.manual_seed(seed)
     settings = {"save_strategy": "no", "report_to": "none", "logging_steps": 50, "use_cpu": True, "disable_tqdm": True,
-                "per_device_eval_batch_size": 128, "dataloader_pin_memory": False}  # fmt: skip
+                "importance_log": "all", "per_device_eval_batch_size": 128, "dataloader_pin_memory": False,
+                }  # fmt: skip
     changed = {} if epochs is None else {"num_train_epochs": epochs}
     args = ImportanceTrainingArguments(
         str(folder), seed=seed, **settings, **{**task.arguments, **changed}, **SIDES[side]

@@ -178,7 +178,7 @@ class ImportanceMixin(Trainer):
         super().log(logs, start_time)
 
     def _status(self) -> Status:
-        return Status(1.0, "", "off") if self._run is None else Status(*self._run.ledger.status())
+        return Status() if self._run is None else Status(*self._run.ledger.status())
 
     def importance_table(self) -> datasets.Dataset:
         """Give what is remembered of each training example, ready to sort and to join; any rank may call it alone.

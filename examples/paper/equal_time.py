@@ -178,6 +178,7 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            importance_log="all",
             dataloader_pin_memory=torch.accelerator.is_available(),
             **{"logging_steps": 10, **experiment.arguments, **chosen},
         )
