@@ -213,7 +213,8 @@ class ImportanceMixin(Trainer):
         """
         super().create_model_card(*args, **kwargs)
         if self.importance_args.importance_sampling and self.is_world_process_zero():
-            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline)
+            kind = type(self.accelerator.unwrap_model(self.model)).__name__
+            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline, kind)
 
     # ---- Save and resume ----
 

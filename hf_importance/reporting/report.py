@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -75,6 +75,20 @@ def outcome(end: Mapping[str, float], steps: int) -> str:
         f"{never}: {why}. That is right where most examples still teach; a longer run, or cheaper scoring "
         "(scoring_dtype='bf16'), may change it."
     )
+
+
+def evaluated(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Give what an evaluation found, by name, without what it took; its loss and metrics, in the order logged.
+
+    >>> evaluated({"eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 2.0, "epoch": 1.0})
+    {'eval_loss': 0.5, 'eval_accuracy': 0.9}
+    """
+    taken = ("_runtime", "_per_second", "_time", "_samples")
+    return {
+        name: value
+        for name, value in entry.items()
+        if name.startswith("eval_") and not name.endswith(taken) and isinstance(value, int | float)
+    }
 
 
 Count = Annotated[int, COUNT]
