@@ -156,12 +156,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/model_cards"))
+    parser.add_argument("--reuse", action="store_true", help="Take the runs that the output folder has, as they are.")
     settings = parser.parse_args()
     for name in settings.tasks:
         task, folder = TASKS[name], settings.output_dir / name
         forwarded = ["--model", str(settings.root / "models" / task.model), *task.more.split()]
         forwarded += ["--dataset", str(settings.root / "data" / task.dataset), "--disable_tqdm", "true"]
-        train = runner(str(HERE / f"{task.script}.py"), forwarded)
+        train = runner(str(HERE / f"{task.script}.py"), forwarded, settings.reuse)
         found = compare(train, settings.seeds, output_dir=folder)
         print(f"\n{found}\n")
         found.write(folder)

@@ -246,17 +246,19 @@ def _row(side: str, seed: int, state: TrainerState) -> Row:
 # ---- A script ----
 
 
-def runner(script: str, forwarded: Sequence[str]) -> Callable[..., TrainerState]:
-    """Give what runs a script with its own arguments and a side's, in a process of its own."""
+def runner(script: str, forwarded: Sequence[str], reuse: bool = False) -> Callable[..., TrainerState]:
+    """Give what runs a script with its own arguments and a side's, in a process of its own; see ``--reuse``."""
 
     def train(**changes: Any) -> TrainerState:
+        file = Path(changes["output_dir"], "trainer_state.json")
+        if reuse and file.exists():
+            return TrainerState.load_from_json(str(file))
         flags = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, script, *forwarded, *flags]
         print(f"$ {shlex.join(command)}", flush=True)
         code = subprocess.run(command).returncode
         if code:
             raise RuntimeError(f"the run ended with exit code {code}; what it said stands above")
-        file = Path(changes["output_dir"], "trainer_state.json")
         if not file.exists():
             raise RuntimeError(f"the run left no {file}: end the script with trainer.save_state()")
         return TrainerState.load_from_json(str(file))
@@ -278,11 +280,12 @@ def main(line: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
     parser.add_argument("--compare_metric", help="By default the evaluation's first beside its loss.")
+    parser.add_argument("--reuse", action="store_true", help="Take the runs that the output folder has, as they are.")
     settings, forwarded = parser.parse_known_args(line)
     if not Path(settings.script).is_file():
         parser.error(f"there is no script {settings.script}")
     try:
-        train = runner(settings.script, forwarded)
+        train = runner(settings.script, forwarded, settings.reuse)
         found = compare(train, settings.seeds, settings.compare_metric, output_dir=settings.output_dir)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))

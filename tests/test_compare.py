@@ -129,12 +129,20 @@ def test_an_error_is_one_line(tmp_path, capsys, line, message):
 
 def test_a_run_that_fails_or_leaves_nothing_is_one_line_too(tmp_path, capsys):
     script = tmp_path / "train.py"
+    for side in SIDES:
+        (tmp_path / f"{side}-0").mkdir()
     for code, message in (("raise SystemExit(3)", "exit code 3"), ("", "end the script with trainer.save_state()")):
         script.write_text(f"{code}\n")
         with pytest.raises(SystemExit):
             main([str(script), "--output_dir", str(tmp_path)])
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+    # A run that is there is taken as it is, where that is asked for.
+    state(0, False).save_to_json(str(tmp_path / "plain-0" / "trainer_state.json"))
+    state(0, True).save_to_json(str(tmp_path / "importance-0" / "trainer_state.json"))
+    with pytest.raises(SystemExit):
+        main([str(script), "--seeds", "0", "--output_dir", str(tmp_path), "--reuse"])
+    assert "short-0" in capsys.readouterr().err
 
 
 def test_a_function_of_a_real_run_that_stays_off(tmp_path, digits):
