@@ -48,9 +48,10 @@ def test_the_three_panels_hold_what_was_logged(tmp_path, digits):
     small = digits.select(range(128))
     accuracy = lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}  # noqa: E731
     ours = toys.run(ImportanceTrainer, toys.vit(), args, small, eval_dataset=small, compute_metrics=accuracy)
-    figure = plot_training(ours)
+    assert len(plot_training(ours).axes) == 3  # nothing saved, nothing drawn
+    log = [{**e, "importance/examples_saved": 5 * e["step"]} for e in ours.state.log_history]
+    figure = plot_training(log)
     loss, metric, cost, saved = figure.axes
-    log = ours.state.log_history
     assert titles(figure)[2:] == ["cost of a step by importance at equal noise", "examples saved"]
     assert drawn(loss)["training loss"] == logged(log, "loss")
     assert drawn(loss)["evaluation loss"] == [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
@@ -64,17 +65,17 @@ def test_the_three_panels_hold_what_was_logged(tmp_path, digits):
 
 def test_with_detail_every_panel_holds_what_was_logged(trainer):
     figure = plot_training(trainer, detail=True)
-    panels = ["", "τ", "examples saved", "effective sample size", "largest weight"]
+    panels = ["", "τ", "effective sample size", "largest weight"]  # as large batches as ever: nothing is saved
     assert titles(figure) == [*panels, "weights of the examples drawn"]
     log = trainer.state.log_history
-    loss, tau, saved, size, weight, histogram = figure.axes
+    loss, tau, size, weight, histogram = figure.axes
     assert drawn(loss)["training loss"] == logged(log, "loss")
     # A threshold was given, so τ is what it goes by.
     assert drawn(tau)["τ"] == logged(log, "importance/tau")
     assert drawn(tau)["threshold"] == logged(log, "importance/tau_threshold")
     assert [step for step, _ in drawn(tau)["goes on"]] == [1] and "goes off" not in drawn(tau)
-    for axes, name in ((saved, "examples_saved"), (size, "effective_sample_size"), (weight, "max_weight")):
-        assert list(drawn(axes).values()) == [logged(log, f"importance/{name}", at="step")]
+    for axes, name in ((size, "effective_sample_size"), (weight, "max_weight")):
+        assert list(drawn(axes).values()) == [logged(log, f"importance/{name}")]
     # On from the switch to the end, in every panel.
     for axes in figure.axes[:-1]:
         (span,) = [patch for patch in axes.patches if patch.get_alpha()]
@@ -85,7 +86,7 @@ def test_with_detail_every_panel_holds_what_was_logged(trainer):
     assert trainer.importance_weights().sum() == 7 * 16
     assert sum(stairs.get_data().values) == pytest.approx(1)
     assert titles(plot_training(log, detail=True)) == panels  # a log holds no histogram
-    assert titles(plot_training(trainer)) == panels[:3]
+    assert titles(plot_training(trainer)) == panels[:2]
 
 
 def test_the_histogram_counts_weights_by_the_half_octave():
@@ -101,11 +102,11 @@ def test_a_method_without_a_threshold_is_drawn(tmp_path, method):
     args = toys.arguments(tmp_path, importance_method=method, max_steps=4)
     ours = toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences(64))
     figure = plot_training(ours)
-    assert len(figure.axes) == 3 and "threshold" not in drawn(figure.axes[1])
+    assert len(figure.axes) == 2 and "threshold" not in drawn(figure.axes[1])
 
 
 def test_a_method_with_memory_gets_its_panels_and_nothing_is_drawn_twice(trainer):
-    more = {"gain": 1.25, "skipped_share": 0.5, "table_age": 7.0, "relative_cost": 0.9}
+    more = {"gain": 1.25, "skipped_share": 0.5, "table_age": 7.0, "relative_cost": 0.9, "examples_saved": 8}
     more = {f"importance/{name}": value for name, value in more.items()}
     log = [{**entry, **(more if "loss" in entry else {})} for entry in trainer.state.log_history]
     found = titles(plot_training(log, detail=True))

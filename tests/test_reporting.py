@@ -62,7 +62,7 @@ def test_the_relative_cost_is_the_price_that_it_goes_by_and_the_end_knows_the_lo
 ENDS = {
     "never on in 8 steps, which were the plain Trainer's: a warning says what": {"ruled_out": 1.0},
     "the largest τ was 1.40, and its threshold is 2.00. That is right": {"tau_threshold": 2.0, "lowest_cost": 0.9},
-    "a step's noise cost 1.12 of a uniform step at the lowest (largest τ 1.4). That is": {"lowest_cost": 1.1249},
+    "at equal noise a step never cost less than 1.12 uniform steps (largest τ 1.4). That is": {"lowest_cost": 1.1249},
     "they were too few to know what it costs. That is right": {},
     "on in 3 of 8 steps, 125% of the compute of uniform steps; largest τ 1.4.": {"steps_on": 3},
 }

@@ -64,7 +64,9 @@ def plot_training(source: Trainer | Log | str | Path, file: str | Path | None = 
         raise ValueError("No entry of the log has a training loss: train for more steps than logging_steps first.")
     ours = [entry for entry in losses if PREFIX + "tau" in entry]
     priced = any(PREFIX + "relative_cost" in entry for entry in ours)
-    wide = [_loss, *([_cost if priced else _tau, _saved] if ours else [])]
+    wide = [_loss, *([_cost if priced else _tau] if ours else [])]
+    if any(value for _, value in _points(log, "examples_saved")):
+        wide.append(_saved)
     names = [name for name in DETAILS if detail and _points(ours, name) and (priced or name != "tau")]
     counts = source.importance_weights() if detail and hasattr(source, "importance_weights") else None
     histogram = counts is not None and int(counts.sum()) > 0
@@ -193,9 +195,6 @@ def _saved(axes: Axes, log: Log, ours: Log) -> None:
     steps, values = zip(*points, strict=True)
     axes.fill_between(steps, values, color=GREEN, alpha=0.3, linewidth=0)
     axes.plot(steps, values, color=GREEN)
-    if not any(values):
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0])
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("examples saved (that uniform steps would have trained on)", loc="left", fontsize=10)
 

@@ -68,7 +68,9 @@ def outcome(end: Mapping[str, float], steps: int) -> str:
     if "tau_threshold" in own:
         why = f"the largest τ was {tau:.2f}, and its threshold is {own['tau_threshold']:.2f}"
     elif "lowest_cost" in own:
-        why = f"a step's noise cost {own['lowest_cost']:.2f} of a uniform step at the lowest (largest τ {tau:.1f})"
+        why = (
+            f"at equal noise a step never cost less than {own['lowest_cost']:.2f} uniform steps (largest τ {tau:.1f})"
+        )
     else:
         why = "they were too few to know what it costs"
     return (
