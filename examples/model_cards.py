@@ -8,7 +8,6 @@ Minutes a task and seed on a CPU. What a card must hold: model_cards/README.md.
 import argparse
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainerState
 
 from hf_importance.compare import Comparison, compare, runner
-from hf_importance.reporting.cards import FIGURE, TAG
+from hf_importance.reporting.cards import FIGURE, TAG, importance_section
+from hf_importance.reporting.plots import plot_training
 
 HERE = Path(__file__).parent
 CARDS = HERE.parent / "model_cards"
@@ -100,9 +101,12 @@ TASKS = {
 
 
 def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int]) -> ModelCard:
-    """Put together what the runs found, how they were made, and the section that ours wrote of its first seed."""
-    written = ModelCard.load(folder / f"importance-{seeds[0]}" / "README.md")
-    results = written.data.eval_results or []
+    """Put together what the runs found, how they were made, and the section on the first run by importance."""
+    run = folder / f"importance-{seeds[0]}"
+    log = TrainerState.load_from_json(str(run / "trainer_state.json")).log_history
+    plot_training(log, CARDS / name / FIGURE)
+    section = importance_section(torch.load(run / "training_args.bin", weights_only=False), log, FIGURE)
+    results = ModelCard.load(run / "README.md").data.eval_results or []
     for result in results:
         result.dataset_type = result.dataset_name = task.dataset
     data = ModelCardData(
@@ -132,7 +136,6 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
         "cost; `small`: with the batch that costs as much",
     }
     rows = "\n".join(f"| {name} | {text} |" for name, text in made.items())
-    start = written.text.index("## Importance sampling")
     parts = [
         f"# {task.title}",
         task.about,
@@ -143,7 +146,7 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
         f"```text\n{found.table()}\n```",
         f"{task.error} Seconds are of a machine that other work shared, and say little.".strip(),
         f"## How it was made\n\n|  |  |\n| --- | --- |\n{rows}",
-        written.text[start:].strip(),
+        section,
         f"## What it is not good for\n\n{task.limits}",
     ]
     return ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -168,7 +171,6 @@ def main() -> None:
         found.write(folder)
         (CARDS / name).mkdir(exist_ok=True)
         card(name, task, found, folder, settings.seeds).save(CARDS / name / "README.md")
-        shutil.copy(folder / f"importance-{settings.seeds[0]}" / FIGURE, CARDS / name / FIGURE)
 
 
 if __name__ == "__main__":
