@@ -261,7 +261,7 @@ class Sampler:
         return ""
 
     def log_entries(self) -> dict[str, float]:
-        """Give entries for the log, by their name without the prefix."""
+        """Give entries for the log, by their name without the prefix; ``importance_log="all"`` shows them."""
         return {}
 
     def outcome(self) -> dict[str, float]:
