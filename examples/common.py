@@ -37,7 +37,12 @@ class Task:
 
 def parse(script_doc: str, **defaults) -> tuple[Task, ImportanceTrainingArguments]:
     """Read both sets of arguments from the command line, and seed what comes next: the new head."""
-    parser = HfArgumentParser([Task, ImportanceTrainingArguments], description=script_doc.split("\n")[0])
+    parser = HfArgumentParser(
+        [Task, ImportanceTrainingArguments],
+        description=script_doc.split("\n")[0],
+        # An error would otherwise stand behind a hundred lines of arguments.
+        usage="%(prog)s --model MODEL --dataset DATASET --output_dir OUT [any other; --help lists them]",
+    )
     parser.set_defaults(**DEFAULTS | defaults)
     task, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)

@@ -120,6 +120,7 @@ def run(name: str, arguments: Arguments, task: Task, seed: int, steps: int, seco
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        importance_log="all",
         dataloader_pin_memory=torch.accelerator.is_available(),
         **ROWS[name],
     )

@@ -39,6 +39,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import palette
 from hf_importance.reporting.report import relative_compute
 
 SIDES = {
@@ -51,12 +52,7 @@ LABELS = {
     "variance": "history, equal compute",
     "constant_variance": "history, equal noise",
 }
-# Okabe-Ito: told apart by colour-blind readers too.
-COLORS = {
-    "plain": "#0072B2",
-    "variance": "#009E73",
-    "constant_variance": "#D55E00",
-}
+COLORS = {"plain": palette.PLAIN, "variance": palette.GREEN, "constant_variance": palette.OURS}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -264,7 +260,8 @@ def run(task: Task, side: str, seed: int, folder: Path, epochs: float | None) ->
     """Train and measure once."""
     torch.manual_seed(seed)
     settings = {"save_strategy": "no", "report_to": "none", "logging_steps": 50, "use_cpu": True, "disable_tqdm": True,
-                "per_device_eval_batch_size": 128, "dataloader_pin_memory": False}  # fmt: skip
+                "importance_log": "all", "per_device_eval_batch_size": 128, "dataloader_pin_memory": False,
+                }  # fmt: skip
     changed = {} if epochs is None else {"num_train_epochs": epochs}
     args = ImportanceTrainingArguments(
         str(folder), seed=seed, **settings, **{**task.arguments, **changed}, **SIDES[side]
@@ -324,6 +321,10 @@ def report(file: Path, figure: Path) -> None:
     _draw(rows, tasks, figure)
 
 
+def _stayed_off(rows: list[dict], task: str) -> bool:
+    return not any(row["share of steps on"] for row in rows if row["task"] == task)
+
+
 def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
     picture = Figure(figsize=(9, 1.2 + 0.75 * len(tasks)), layout="constrained")
     shown = ("compute", "training loss", "test error")
@@ -332,9 +333,13 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
             plain = np.mean([r[name] for r in rows if r["task"] == task and r["side"] == "plain"])
             for offset, side in zip((-0.2, 0, 0.2), SIDES, strict=True):
                 values = [r[name] / plain for r in rows if r["task"] == task and r["side"] == side]
+                if _stayed_off(rows, task):  # one run three times: a dot would look like a result
+                    continue
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
-        axes.axvline(1, color="0.6", linewidth=1, zorder=0)
-        axes.set(xlabel=f"{name} / plain", yticks=range(len(tasks)))
+            if _stayed_off(rows, task):
+                axes.annotate(" identical: stayed off", (1, place), va="center", ha="center", color="0.4", fontsize=8)
+        axes.axvline(1, color="0.8", linewidth=1, zorder=0)
+        axes.set(xlabel=f"{name} / plain", yticks=range(len(tasks)), ylim=(-0.5, len(tasks) - 0.5))
         if name == "training loss":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")

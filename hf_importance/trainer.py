@@ -178,7 +178,7 @@ class ImportanceMixin(Trainer):
         super().log(logs, start_time)
 
     def _status(self) -> Status:
-        return Status(1.0, "", "off") if self._run is None else Status(*self._run.ledger.status())
+        return Status() if self._run is None else Status(*self._run.ledger.status())
 
     def importance_table(self) -> datasets.Dataset:
         """Give what is remembered of each training example, ready to sort and to join; any rank may call it alone.
@@ -213,7 +213,8 @@ class ImportanceMixin(Trainer):
         """
         super().create_model_card(*args, **kwargs)
         if self.importance_args.importance_sampling and self.is_world_process_zero():
-            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline)
+            kind = type(self.accelerator.unwrap_model(self.model)).__name__
+            extend_card(self.args.output_dir, self.importance_args, self.state.log_history, baseline, kind)
 
     # ---- Save and resume ----
 

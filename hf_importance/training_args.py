@@ -16,6 +16,7 @@ Method = Literal["presample", "history", "auto", "observe"]
 Score = Literal["upper_bound", "loss"]
 ScoringDtype = Literal["bf16", "fp16", "fp32", "auto"]
 BatchNorm = Literal["untouched", "frozen"]
+Log = Literal["basic", "all"]
 AUTO = "auto"  # follow the cost rule from the measured kappa
 
 
@@ -96,6 +97,13 @@ class ImportanceArguments:
             "drawn, or 'frozen': running statistics as they are, in every step."
         },
     )
+    importance_log: Log = field(
+        default="basic",
+        metadata={
+            "help": "Which figures go into the log: 'basic' (tau, whether it is on, the share of steps that were, its "
+            "cost relative to uniform steps, examples saved), or 'all'. The end of a run has all counts either way."
+        },
+    )
     importance_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -122,6 +130,7 @@ class ImportanceArguments:
         check_choice("importance_score", self.importance_score, get_args(Score))
         check_choice("scoring_dtype", self.scoring_dtype, (None, *get_args(ScoringDtype)))
         check_choice("batch_norm", self.batch_norm, get_args(BatchNorm))
+        check_choice("importance_log", self.importance_log, get_args(Log))
         if self.importance_method == "history" and self.importance_budget == "constant_time":
             raise ValueError(
                 "importance_budget='constant_time' has no meaning with importance_method='history', whose scores cost "

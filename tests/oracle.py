@@ -47,7 +47,8 @@ OLD_NAMES = {
     "resampling": "resampling",
     "bias": "weight_exponent",
 }
-TAKES_KWARGS = "importance_kwargs" in {field.name for field in fields(ImportanceTrainingArguments)}
+FIELDS = {field.name for field in fields(ImportanceTrainingArguments)}
+TAKES_KWARGS = "importance_kwargs" in FIELDS
 
 
 # ---- The toy ----
@@ -222,6 +223,8 @@ def arguments(folder: Path, run: Run) -> ImportanceTrainingArguments:
     }
     if run.resume is not None and not run.within:
         settings |= {"save_strategy": "steps", "save_steps": run.resume}
+    if "importance_log" in FIELDS:
+        settings["importance_log"] = "all"
     if TAKES_KWARGS:
         settings["importance_kwargs"] = run.kwargs
     else:

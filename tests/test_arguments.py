@@ -141,6 +141,7 @@ def test_all_of_them_come_from_a_command_line(tmp_path):
         "scoring_batch_size": "64",
         "scoring_dtype": "bf16",
         "batch_norm": "frozen",
+        "importance_log": "all",
         "importance_kwargs": '{"margin": 1.2}',
     }
     assert set(given) == {field.name for field in dataclasses.fields(ImportanceArguments)}

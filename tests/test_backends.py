@@ -132,7 +132,7 @@ def test_a_backend_holds_every_key_the_switch_and_the_arguments(tmp_path, digits
 
     prefix = "importance/" if backend == "mlflow" else "train/importance/"
     ours = {name.removeprefix(prefix): series for name, series in points.items() if name.startswith(prefix)}
-    assert ours.keys() == KEYS | {"steps_on", "scoring_seconds"}  # the two are of the end alone
+    assert ours.keys() == KEYS | {"steps_on", "scoring_seconds", "largest_tau"}  # the three are of the end alone
     for key, series in ours.items():
         logged = [(e["step"], e[f"importance/{key}"]) for e in trainer.state.log_history if f"importance/{key}" in e]
         assert [step for step, _ in series] == [step for step, _ in logged]

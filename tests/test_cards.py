@@ -9,8 +9,9 @@ import toys
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from hf_importance import ImportanceTrainer
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting.cards import FIGURE, TAG
+from hf_importance.reporting.report import outcome
 
 KEPT = sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
 
@@ -51,9 +52,26 @@ def test_a_run_writes_a_card_with_method_compute_course_arguments_and_paper(trai
     kappa = 1 / 3  # too short a run to measure it
     compute = f"| compute (scoring an example is {kappa:.2g} of training on it) | {1 + kappa * 336 / 128:.2f} | 1 |"
     assert compute in text
+    assert f"**{outcome(trainer.state.log_history[-2], 8)}**" in text  # in one sentence, how it went
     assert f"]({FIGURE})" in text
     assert f"| `eval_loss` | {evaluation['eval_loss']:.4g} | 1.5 |" in text
-    assert "| `presample_ratio` | `3.0` |" in text and "| `importance_kwargs` | `{'momentum': 0.0}` |" in text
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.+)` \|$", text[text.index("### Arguments") :], re.MULTILINE))
+    assert listed == {
+        "presample_ratio": "3.0",
+        "tau_threshold": str(1 + 1e-9),
+        "importance_log": "all",
+        "importance_kwargs": "{'momentum': 0.0}",
+    }
+    # The Hub shows what the last evaluation found.
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type) == ("image-classification", "loss")
+    assert result.metric_value == evaluation["eval_loss"]
+
+
+def test_the_defaults_are_not_listed(tmp_path, digits):
+    args = ImportanceTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    ImportanceTrainer(toys.vit(), args, train_dataset=digits).create_model_card()
+    assert "All at their defaults." in (tmp_path / "README.md").read_text()
 
 
 def test_a_second_card_replaces_the_first(trainer, tmp_path):
@@ -79,7 +97,7 @@ def test_before_training_the_card_says_what_there_is(tmp_path, digits):
     trainer = ImportanceTrainer(toys.vit(), toys.arguments(tmp_path), train_dataset=digits)
     trainer.create_model_card()
     text = checked(tmp_path / "README.md").text
-    assert "### Arguments" in text and "### Compute" not in text
+    assert "### Arguments" in text and "| optimizer steps |" not in text
 
 
 def test_switched_off_by_the_argument_the_card_is_the_trainers(tmp_path, digits):

@@ -1,6 +1,5 @@
-"""The task scripts and the one that compares, run on tiny data with tiny models; and on real data, where it is."""
+"""The task scripts, run on tiny data with tiny models; and on real data, where it is."""
 
-import csv
 import json
 import os
 import re
@@ -145,33 +144,6 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path, monkey
     arguments = given("text_classification", tmp_path)
     with pytest.raises(ValueError, match=r"has no split 'dev', only (train, test|test, train)"):
         run(monkeypatch, "text_classification", *arguments, "--eval_split", "dev", "--output_dir", tmp_path / "out")
-
-
-@pytest.mark.slow  # two processes
-def test_compare_runs_both_sides_and_writes_table_and_figure(tmp_path, monkeypatch, capfd):
-    arguments = given("language_modeling", tmp_path)
-    run(monkeypatch, "compare", "language_modeling", "--seeds", "3", "--output_dir", tmp_path / "out", *arguments)
-    rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))
-    assert [(row["side"], row["seed"]) for row in rows] == [("plain", "3"), ("importance", "3")]
-    plain, ours = (results(tmp_path / "out" / f"{side}-3") for side in ("plain", "importance"))
-    assert [float(row["eval_accuracy"]) for row in rows] == [plain["eval_accuracy"], ours["eval_accuracy"]]
-    # A step by importance scores three batches, each at kappa of the cost of training on it; there are three steps.
-    kappa = ours.get("importance/kappa", 1 / 3)
-    assert [float(row["compute"]) for row in rows] == [1.0, pytest.approx(1 + ours["importance/steps_on"] * kappa)]
-    assert ours["importance/steps_on"] >= 1
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    printed = capfd.readouterr().out
-    difference = ours["eval_accuracy"] - plain["eval_accuracy"]
-    assert f"{plain['eval_accuracy']:.4g}" in printed and f"{difference:+.3g} ± nan" in printed
-
-
-def test_compares_table_pairs_the_seeds(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    table = runpy.run_path(str(EXAMPLES / "compare.py"))["table"]
-    values = {("plain", 0): 1.0, ("importance", 0): 1.5, ("plain", 1): 3.0, ("importance", 1): 3.7}
-    rows = [{"side": side, "seed": seed, "eval_loss": value} for (side, seed), value in values.items()]
-    # Differences 0.5 and 0.7: mean 0.6, standard deviation 0.1414, over the root of two 0.1.
-    assert table(rows) == [("eval_loss", "2", "2.6", "+0.6 ± 0.1")]
 
 
 @pytest.mark.slow

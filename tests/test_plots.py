@@ -9,8 +9,8 @@ import toys
 
 from hf_importance import ImportanceTrainer
 from hf_importance.reporting import plots
-from hf_importance.reporting.plots import PANELS, VERMILLION, plot_training
-from hf_importance.reporting.report import WEIGHT_EDGES, Report
+from hf_importance.reporting.plots import DETAILS, VERMILLION, plot_training
+from hf_importance.reporting.report import WEIGHT_EDGES, Report, outcome
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +31,62 @@ def drawn(axes):
     return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.get_lines()}
 
 
-def logged(log, key):
-    return [(entry["step"], entry[key]) for entry in log if "loss" in entry and key in entry]
+def logged(log, key, at="loss"):
+    return [(entry["step"], entry[key]) for entry in log if at in entry and key in entry]
 
 
-def test_every_panel_holds_what_was_logged(trainer):
-    figure = plot_training(trainer)
-    panels = ["loss", "τ", "gain", "effective sample size", "largest weight"]
+def test_the_three_panels_hold_what_was_logged(tmp_path, digits):
+    args = toys.arguments(
+        tmp_path,
+        presample_ratio="auto",
+        tau_threshold=None,
+        kappa=0.1,
+        importance_log="basic",
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    small = digits.select(range(128))
+    accuracy = lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}  # noqa: E731
+    ours = toys.run(ImportanceTrainer, toys.vit(), args, small, eval_dataset=small, compute_metrics=accuracy)
+    assert len(plot_training(ours).axes) == 3  # nothing saved, nothing drawn
+    log = [{**e, "importance/examples_saved": 5 * e["step"]} for e in ours.state.log_history]
+    figure = plot_training(log)
+    loss, metric, cost, saved = figure.axes
+    assert titles(figure)[2:] == ["cost of a step by importance at equal noise", "examples saved"]
+    assert drawn(loss)["training loss"] == logged(log, "loss")
+    assert drawn(loss)["evaluation loss"] == [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    assert drawn(metric)["accuracy (right)"] == [(e["step"], e["eval_accuracy"]) for e in log if "eval_loss" in e]
+    course, even = (line.get_data() for line in cost.get_lines())
+    assert list(zip(*map(list, course), strict=True)) == logged(log, "importance/relative_cost")
+    assert set(even[1]) == {1}
+    assert list(drawn(saved).values()) == [logged(log, "importance/examples_saved", at="step")]
+    assert figure.get_suptitle().replace("\n", " ") == outcome(log[-1], 8)
+
+
+def test_with_detail_every_panel_holds_what_was_logged(trainer):
+    figure = plot_training(trainer, detail=True)
+    panels = ["", "τ", "effective sample size", "largest weight"]  # as large batches as ever: nothing is saved
     assert titles(figure) == [*panels, "weights of the examples drawn"]
     log = trainer.state.log_history
-    loss, tau, gain, size, weight, histogram = figure.axes
-    assert drawn(loss)["training"] == logged(log, "loss")
-    assert drawn(loss)["evaluation"] == [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    loss, tau, size, weight, histogram = figure.axes
+    assert drawn(loss)["training loss"] == logged(log, "loss")
+    # A threshold was given, so τ is what it goes by.
     assert drawn(tau)["τ"] == logged(log, "importance/tau")
     assert drawn(tau)["threshold"] == logged(log, "importance/tau_threshold")
     assert [step for step, _ in drawn(tau)["goes on"]] == [1] and "goes off" not in drawn(tau)
-    for axes, name in ((gain, "batch_size_gain"), (size, "effective_sample_size"), (weight, "max_weight")):
+    for axes, name in ((size, "effective_sample_size"), (weight, "max_weight")):
         assert list(drawn(axes).values()) == [logged(log, f"importance/{name}")]
     # On from the switch to the end, in every panel.
     for axes in figure.axes[:-1]:
         (span,) = [patch for patch in axes.patches if patch.get_alpha()]
         assert (span.get_x(), span.get_width()) == (1, 7)
-    kappa = 1 / 3  # too short a run to measure it
-    assert f"On in 88% of 8 steps, 1 switch; compute {1 + 7 * 3 * kappa / 8:.2f} times" in figure.get_suptitle()
+    assert "on in 7 of 8 steps" in figure.get_suptitle()
     # The histogram holds each example drawn once: 7 batches of 16.
     (stairs,) = histogram.patches
     assert trainer.importance_weights().sum() == 7 * 16
     assert sum(stairs.get_data().values) == pytest.approx(1)
-    assert titles(plot_training(log)) == panels  # a log holds no histogram
+    assert titles(plot_training(log, detail=True)) == panels  # a log holds no histogram
+    assert titles(plot_training(trainer)) == panels[:2]
 
 
 def test_the_histogram_counts_weights_by_the_half_octave():
@@ -74,24 +102,23 @@ def test_a_method_without_a_threshold_is_drawn(tmp_path, method):
     args = toys.arguments(tmp_path, importance_method=method, max_steps=4)
     ours = toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences(64))
     figure = plot_training(ours)
-    assert "threshold" not in drawn(figure.axes[1])
-    assert ("price of presampling" in titles(figure)) == (method == "auto")
+    assert len(figure.axes) == 2 and "threshold" not in drawn(figure.axes[1])
 
 
-def test_a_method_with_memory_gets_its_panels_and_a_measured_gain_goes_first(trainer):
-    more = {"gain": 1.25, "skipped_share": 0.5, "table_age": 7.0, "price_presample": 0.9}
+def test_a_method_with_memory_gets_its_panels_and_nothing_is_drawn_twice(trainer):
+    more = {"gain": 1.25, "skipped_share": 0.5, "table_age": 7.0, "relative_cost": 0.9, "examples_saved": 8}
     more = {f"importance/{name}": value for name, value in more.items()}
     log = [{**entry, **(more if "loss" in entry else {})} for entry in trainer.state.log_history]
-    figure = plot_training(log)
-    assert titles(figure)[-3:] == ["examples skipped", "price of presampling", "age of the remembered scores"]
-    assert {value for _, value in next(iter(drawn(figure.axes[2]).values()))} == {1.25}
-    assert len(figure.axes) == 2 + len(PANELS)
+    found = titles(plot_training(log, detail=True))
+    assert found[3:5] == ["τ", "measured gain"]
+    assert found[-2:] == ["examples skipped", "age of the remembered scores"]
+    assert len(found) == 3 + len(DETAILS) == len(set(found))
 
 
 def test_the_log_of_a_plain_trainer_gives_its_loss(trainer):
     log = [{k: v for k, v in e.items() if not k.startswith("importance/")} for e in trainer.state.log_history]
     figure = plot_training(log)
-    assert titles(figure) == ["loss"] and not figure.axes[0].patches
+    assert titles(figure) == [""] and not figure.axes[0].patches
 
 
 def test_off_again_is_marked_and_not_shaded():
@@ -115,7 +142,7 @@ def test_a_folder_is_a_checkpoint_or_holds_some_and_the_figure_is_saved(trainer,
     output = trainer.args.output_dir
     plot_training(f"{output}/checkpoint-4", tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert drawn(plot_training(output).axes[0])["training"] == logged(trainer.state.log_history, "loss")
+    assert drawn(plot_training(output).axes[0])["training loss"] == logged(trainer.state.log_history, "loss")
     with pytest.raises(FileNotFoundError, match=r"holds no trainer_state\.json, and no checkpoint in it does"):
         plot_training(tmp_path)
     with pytest.raises(ValueError, match="No entry of the log has a training loss: train for more steps"):

@@ -8,7 +8,7 @@ import toys
 from transformers import HfArgumentParser
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
-from hf_importance.reporting.report import Report, Totals
+from hf_importance.reporting.report import BASIC, Report, Totals, outcome
 
 KEYS = {
     "tau",
@@ -39,6 +39,51 @@ def test_every_logged_value_is_a_plain_number(tmp_path, digits):
     assert {"importance/" + key for key in KEYS} <= set(entries[-1])
 
 
+def test_by_default_the_log_holds_what_people_look_at_and_the_end_holds_the_counts(tmp_path, digits):
+    args = toys.arguments(tmp_path, importance_log="basic", presample_ratio="auto", tau_threshold=None, kappa=0.1)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logged:
+        assert {name for name in entry if name.startswith("importance/")} == {f"importance/{name}" for name in BASIC}
+    end = {name.removeprefix("importance/") for name in trainer.state.log_history[-1]}
+    assert {"steps_on", "examples_scored", "examples_trained", "largest_tau", "lowest_cost", "kappa"} <= end
+
+
+def test_the_relative_cost_is_the_price_that_it_goes_by_and_the_end_knows_the_lowest(tmp_path, digits):
+    args = toys.arguments(tmp_path, logging_steps=1, presample_ratio="auto", tau_threshold=None, kappa=0.1)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    *logged, end = trainer.state.log_history
+    costs = [entry["importance/relative_cost"] for entry in logged]
+    assert costs == [entry["importance/price_presample"] for entry in logged]
+    assert end["importance/lowest_cost"] == min(costs)
+    assert end["importance/largest_tau"] == max(entry["importance/tau"] for entry in logged)
+
+
+ENDS = {
+    "never on in 8 steps, which were the plain Trainer's: a warning says what": {"ruled_out": 1.0},
+    "the largest τ was 1.40, and its threshold is 2.00. That is right": {"tau_threshold": 2.0, "lowest_cost": 0.9},
+    "at equal noise a step never cost less than 1.12 uniform steps (largest τ 1.4). That is": {"lowest_cost": 1.1249},
+    "they were too few to know what it costs. That is right": {},
+    "on in 3 of 8 steps, 125% of the compute of uniform steps; largest τ 1.4.": {"steps_on": 3},
+}
+
+
+@pytest.mark.parametrize("expected", ENDS)
+def test_the_end_is_said_in_one_sentence(expected):
+    counts = {"steps_on": 0, "largest_tau": 1.4, "kappa": 0.25, "examples_scored": 10, "examples_trained": 10}
+    end = {f"importance/{name}": v for name, v in {**counts, "examples_saved": 0, **ENDS[expected]}.items()}
+    assert expected in outcome(end, 8)
+
+
+@pytest.mark.parametrize("threshold", [1.0 + 1e-9, 3.9])
+def test_it_is_the_last_line_that_a_run_prints(tmp_path, digits, capsys, threshold):
+    args = toys.arguments(tmp_path, tau_threshold=threshold, momentum=0.0)
+    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == outcome(trainer.state.log_history[-1], 8)
+    assert ("on in 7 of 8 steps" in last) == (threshold < 2) != ("never on in 8 steps" in last)
+
+
 def test_the_gain_is_tau_squared_and_shares_are_shares(tmp_path, digits):
     trainer = toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), digits.select(range(128)))
     for entry in (e for e in trainer.state.log_history if "loss" in e):
@@ -55,7 +100,7 @@ def test_disabled_logs_nothing_of_ours(tmp_path, digits):
 
 
 def test_a_report_averages_since_the_last_log_and_counts_since_the_start():
-    report = Report(lambda values: [2 * value for value in values])  # two ranks with equal counts
+    report = Report(lambda values: [2 * value for value in values], everything=True)  # two ranks with equal counts
     report.step(False)
     report.sample_size(4)
     report.add(Totals(examples_trained=4, examples_distinct=4))
@@ -108,7 +153,7 @@ ARGUMENTS = [
         "importance_kwargs": {"momentum": 0.5, "resampling": "multinomial"},
     },
     {"importance_method": "auto", "importance_budget": "constant_time"},
-    {"importance_method": "observe"},
+    {"importance_method": "observe", "importance_log": "all"},
 ]
 
 
@@ -155,7 +200,13 @@ def test_auto_is_parsed_from_the_command_line(tmp_path):
 def test_help_lists_the_choices_and_refuses_others(tmp_path, capsys):
     parser = HfArgumentParser(ImportanceTrainingArguments)
     shown = parser.format_help()
-    for choices in ("presample,history,auto,observe", "upper_bound,loss", "untouched,frozen", "bf16,fp16,fp32"):
+    for choices in (
+        "presample,history,auto,observe",
+        "upper_bound,loss",
+        "untouched,frozen",
+        "bf16,fp16,fp32",
+        "basic,all",
+    ):
         assert f"{{{choices}}}" in shown
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--importance_method", "prioritized"])

@@ -28,6 +28,8 @@ VALID = {
         "switches": 1,
         "switched": 1,
         "steps_on": 4,
+        "largest_tau": 1.5,
+        "lowest_cost": None,
         "drawn": True,
         "items": 80.0,
         "examples": 80.0,

@@ -148,6 +148,7 @@ def arguments(tmp_path, **overrides) -> ImportanceTrainingArguments:
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "learning_rate": 1e-2,
+        "importance_log": "all",
     }
     if overrides.get("importance_method", "presample") == "presample":
         # The paper's recipe: simple numbers, and on whatever the machine's speed.

@@ -178,6 +178,7 @@ def run(name: str, system: System, experiment: Experiment, seed: int) -> list[di
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            importance_log="all",
             dataloader_pin_memory=torch.accelerator.is_available(),
             **{"logging_steps": 10, **experiment.arguments, **chosen},
         )
@@ -231,8 +232,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+LINES = 4  # of a panel, beside uniform's
+HEIGHT = 3.4  # inches of a row of panels
+
+
 def draw_curves(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], made: str, file: Path) -> None:
     """Draw training loss and test error against time: means, and the range of the seeds at the end.
+
+    A row of panels has a few systems, with uniform training in each. Those that never went on are the same training
+    as uniform and are named, not drawn.
 
     Args:
         rows: As :func:`run_all` gives them.
@@ -240,24 +248,42 @@ def draw_curves(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], 
         made: How they came about.
         file: The figure.
     """
-    figure, panels = figures.new_figure(9, 4.2, 2)
-    for name, (color, line) in styles.items():
-        runs: dict[int, list[dict]] = {}
-        for row in rows:
-            if row["system"] == name:
-                runs.setdefault(row["seed"], []).append(row)
-        for panel, column in zip(panels, ("train_loss", "test_error"), strict=True):
-            draw_mean(panel, list(runs.values()), column, color, line, name.replace("_", " "))
-    panels[0].set(yscale="log", ylabel="training loss", xlabel=clock_name())
-    panels[1].set(ylabel="test error", xlabel=clock_name())
+    off = [name for name in styles if name != "uniform" and not any(on(row) for row in rows if row["system"] == name)]
+    shown = [name for name in styles if name not in off and name != "uniform"]
+    groups = [shown[start : start + LINES] for start in range(0, len(shown), LINES)] or [[]]
+    figure, panels = figures.new_figure(9, HEIGHT * len(groups) + 0.8, 2, rows=len(groups), sharex=True, sharey="col")
+    for number, group in enumerate(groups):
+        pair = panels[2 * number : 2 * number + 2]
+        for place, name in enumerate([*(name for name in styles if name == "uniform"), *group]):
+            runs: dict[int, list[dict]] = {}
+            for row in rows:
+                if row["system"] == name:
+                    runs.setdefault(row["seed"], []).append(row)
+            for panel, column in zip(pair, ("train_loss", "test_error"), strict=True):
+                draw_mean(panel, list(runs.values()), column, *styles[name], name.replace("_", " "), place)
+        pair[0].set_ylabel("training loss")
+        pair[1].set_ylabel("test error")
+        pair[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figures.log_scale(panels[0])
     if all(row["test_error"] > 0 for row in rows):
-        panels[1].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        figures.log_scale(panels[1])
+    for panel in panels[-2:]:
+        panel.set_xlabel(clock_name())
+    if off:
+        names = ", ".join(name.replace("_", " ") for name in off)
+        figure.suptitle(f"stayed off, the same as uniform: {names}", x=0.01, ha="left", fontsize=9)
     figures.save(figure, file, made, (row["seed"] for row in rows))
 
 
-def draw_mean(panel: Any, runs: list[list[dict]], column: str, color: str, line: str, label: str) -> None:
-    """Draw the mean over runs at each look, and the range of their ends."""
+def on(row: dict[str, Any]) -> bool:
+    """Say whether importance sampling was on before this look."""
+    return row["active_share"] > 0
+
+
+def draw_mean(
+    panel: Any, runs: list[list[dict]], column: str, color: str, line: str, label: str, place: int = 0
+) -> None:
+    """Draw the mean over runs at each look, and the range of their ends; ``place`` sets ranges side by side."""
     # A run whose steps are long may have missed a look.
     looks = min(len(run) for run in runs)
     runs = [run[-looks:] for run in runs]
@@ -265,7 +291,7 @@ def draw_mean(panel: Any, runs: list[list[dict]], column: str, color: str, line:
     y = [statistics.mean(run[i][column] for run in runs) for i in range(looks)]
     panel.plot(x, y, line, color=color, label=label, lw=1.6)
     ends = [run[-1][column] for run in runs]
-    panel.plot([x[-1]] * len(ends), ends, "o", color=color, ms=3.5, clip_on=False)
+    panel.plot([x[-1] * (1.02 + 0.02 * place)] * 2, [min(ends), max(ends)], "_-", color=color, ms=6, clip_on=False)
 
 
 def clock_name() -> str:

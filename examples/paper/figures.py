@@ -15,11 +15,12 @@ import torch
 import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-# Okabe-Ito: told apart by colour-blind readers too.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999",
-)  # fmt: skip
+from hf_importance.reporting import palette
+
+BLACK, BLUE, SKY, GREEN = palette.BLACK, palette.BLUE, palette.SKY, palette.GREEN
+ORANGE, PURPLE, RED = palette.ORANGE, palette.PURPLE, palette.VERMILLION
 
 
 def provenance() -> str:
@@ -78,6 +79,14 @@ def new_figure(width: float, height: float, panels: int, rows: int = 1, **option
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
     return figure, axes
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, with ticks that read as numbers: 0.02, not 2 x 10^-2."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, file: Path, made: str, seeds: Iterable[int]) -> None:

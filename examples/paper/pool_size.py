@@ -58,9 +58,11 @@ def draw(rows: list[dict], made: str, file: equal_time.Path) -> None:
     for name, value in NAMES.items():
         rule.plot(value, predicted(np.array(value), kappa, tau), "o", color=SYSTEMS_BY_POOL[name].color)
     rule.axhline(1, color="0.5", lw=1, ls="--")
-    curves.set(yscale="log", xlabel=equal_time.clock_name(), ylabel="training loss")
+    curves.set(xlabel=equal_time.clock_name(), ylabel="training loss")
     curves.legend(frameon=False, fontsize=7.5, loc="upper center")
-    ends.set(xscale="log", yscale="log", xlabel="pool, B / b (1: uniform)", ylabel="training loss at the end")
+    ends.set(xscale="log", xlabel="pool, B / b (1: uniform)", ylabel="training loss at the end")
+    for panel in (curves, ends):
+        figures.log_scale(panel)
     rule.set(xscale="log", xlabel="pool, B / b", ylabel="cost x variance / uniform")
     rule.set_title(f"rule: κ {kappa:.2f}, τ {tau:.2f}; below 1 it pays", fontsize=9)
     for panel in (ends, rule):

@@ -1,16 +1,18 @@
-"""What a model card says of importance sampling: the method, its arguments, τ's course, the compute, the paper."""
+"""What a model card says of importance sampling: how the run went, the compute, the arguments, the paper."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
+from transformers.modelcard import TASK_MAPPING
 
-from hf_importance.reporting.report import PREFIX, relative_compute
+from hf_importance.reporting.report import PREFIX, evaluated, outcome, relative_compute
 from hf_importance.theory.costs import ASSUMED_KAPPA
 from hf_importance.training_args import ImportanceArguments
 
@@ -40,16 +42,19 @@ def extend_card(
     arguments: ImportanceArguments,
     log: Sequence[Mapping[str, Any]],
     baseline: Mapping[str, float] | None = None,
+    model_class: str = "",
 ) -> None:
-    """Put a section about importance sampling, and a tag, into the model card that the Trainer wrote.
+    """Put a section about importance sampling, a tag, and results into the model card that the Trainer wrote.
 
-    The figure of the run goes beside it as ``importance_sampling.png`` where matplotlib is installed.
+    The figure of the run goes beside it as ``importance_sampling.png`` where matplotlib is installed. Results are what
+    the last evaluation found; the Trainer writes them only where it knows a dataset of the Hub.
 
     Args:
         folder: Where ``README.md`` is.
         arguments: What the run was started with.
         log: Its ``log_history``.
         baseline: Metrics of a uniform run of the same script, by the names of the last evaluation (``eval_accuracy``).
+        model_class: Name of the model's class, which tells the task.
     """
     file = Path(folder) / "README.md"
     card = ModelCard.load(file)
@@ -57,6 +62,9 @@ def extend_card(
         card.data.base_model = None
     tags = card.data.tags or []
     card.data.tags = [*tags, *({TAG} - set(tags))]
+    if not card.data.eval_results:
+        card.data.eval_results = _eval_results(log, model_class, card.data.datasets) or None
+        card.data.model_name = card.data.model_name or Path(folder).resolve().name
     figure = None
     if any("loss" in entry for entry in log) and importlib.util.find_spec("matplotlib"):
         from hf_importance.reporting.plots import plot_training
@@ -65,6 +73,25 @@ def extend_card(
         figure = FIGURE
     card.text = f"{card.text.rstrip()}\n\n{importance_section(arguments, log, figure, baseline)}\n"
     card.save(file)
+
+
+def _eval_results(log: Sequence[Mapping[str, Any]], model_class: str, datasets: Any) -> list[EvalResult]:
+    """Give what the last evaluation found, as the Hub wants it; nothing where the task is not known."""
+    task = next((task for task, names in TASK_MAPPING.items() if model_class in names.values()), None)
+    found = next((evaluated(entry) for entry in reversed(log) if evaluated(entry)), {})
+    name = next(iter([datasets] if isinstance(datasets, str) else datasets or []), "unknown")
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric.removeprefix("eval_"),
+            metric_name=metric.removeprefix("eval_").replace("_", " "),
+            metric_value=value,
+        )
+        for metric, value in found.items()
+        if task is not None
+    ]
 
 
 def importance_section(
@@ -76,22 +103,33 @@ def importance_section(
     """Write the section, in Markdown.
 
     Args:
-        arguments: What the run was started with.
+        arguments: What the run was started with; those that were left at their defaults are not listed.
         log: Its ``log_history``; of a run that has not begun, empty.
-        figure: Where the figure of the run lies, as seen from the card; τ's course is a table without it.
+        figure: Where the figure of the run lies, as seen from the card; its course is a table without it.
         baseline: As in :func:`extend_card`.
     """
     parts = ["## Importance sampling", INTRODUCTION]
     ours = [entry for entry in log if PREFIX + "tau" in entry and "loss" in entry]
+    end = next((entry for entry in reversed(log) if PREFIX + "largest_tau" in entry), None)
+    if end is not None:
+        parts += [f"**{outcome(end, end['step'])}**", _compute(end)]
     if ours:
-        # The end of the run, which counts the steps behind the last log too; a checkpoint has none.
-        last = next((entry for entry in reversed(log) if PREFIX + "steps_on" in entry), ours[-1])
-        parts += ["### Compute", _compute(last), "### The course of τ", _course(ours, figure)]
+        parts += [_course(ours, figure)]
     if baseline:
         parts += ["### Results", _results(log, baseline)]
-    settings = [(f"`{field.name}`", f"`{getattr(arguments, field.name)}`") for field in fields(ImportanceArguments)]
-    parts += ["### Arguments", _table(("argument", "value"), settings), CITATION]
+    parts += ["### Arguments", _arguments(arguments), CITATION]
     return "\n\n".join(parts)
+
+
+def _arguments(arguments: ImportanceArguments) -> str:
+    """List what is not the default."""
+    values = ((field.name, getattr(arguments, field.name), field.default) for field in fields(ImportanceArguments))
+    rows = [(f"`{name}`", f"`{value}`") for name, value, default in values if value != default]
+    own = _table(("argument", "value"), rows) if rows else "All at their defaults."
+    try:
+        return f"{own}\n\nhf_importance {version('hf_importance')}"
+    except PackageNotFoundError:  # it was never installed, but lies on the path
+        return own
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,22 +137,24 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _compute(last: Mapping[str, Any]) -> str:
-    scored, trained, saved = (last[f"{PREFIX}examples_{name}"] for name in ("scored", "trained", "saved"))
-    kappa = last.get(PREFIX + "kappa", ASSUMED_KAPPA)
+def _compute(end: Mapping[str, Any]) -> str:
+    scored, trained, saved, on = (
+        end[PREFIX + name] for name in ("examples_scored", "examples_trained", "examples_saved", "steps_on")
+    )
+    kappa = end.get(PREFIX + "kappa", ASSUMED_KAPPA)
     rows = [
-        ("optimizer steps", f"{last['step']:,}", f"{last['step']:,}"),
-        ("of them drawn by importance", f"{last[PREFIX + 'steps_on']:,}" if PREFIX + "steps_on" in last else "-", "0"),
+        ("optimizer steps", f"{end['step']:,}", f"{end['step']:,}"),
+        ("of them drawn by importance", f"{on:,}", "0"),
         ("examples trained on", f"{trained:,}", f"{trained + saved:,}"),
         ("examples scored by a forward pass of their own", f"{scored:,}", "0"),
-        (f"compute (scoring an example is {kappa:.2g} of training on it)", f"{relative_compute(last):.2f}", "1"),
+        (f"compute (scoring an example is {kappa:.2g} of training on it)", f"{relative_compute(end):.2f}", "1"),
     ]
     return _table(("", "this run", "uniform, as many steps"), rows)
 
 
 def _course(ours: Sequence[Mapping[str, Any]], figure: str | None) -> str:
     if figure is not None:
-        return f"![Loss, τ with its threshold and switches, gain and weights against the optimizer step]({figure})"
+        return f"![Loss, cost of a step by importance with its break-even line, and examples saved]({figure})"
     # Ten points at most, the last among them.
     some = ours[::-1][:: max(1, len(ours) // 10)][::-1]
     rows = [(f"{e['step']:,}", f"{e[PREFIX + 'tau']:.2f}", "on" if e[PREFIX + "active"] else "off") for e in some]

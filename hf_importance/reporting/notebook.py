@@ -1,4 +1,4 @@
-"""τ, and whether importance sampling is on, in the progress bar and the table that the Trainer draws in a notebook."""
+"""Whether importance sampling is on, and what it costs, in the Trainer's bar and table for a notebook."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback
 
-from hf_importance.reporting.progress import Status
+from hf_importance.reporting.progress import Status, Switches
 
 
 class StatusNotebookProgressCallback(NotebookProgressCallback):
-    """The Trainer's progress bar for a notebook, with τ behind it, and two columns more in its table.
+    """The Trainer's progress bar for a notebook, with on or off behind it, two columns more, and a line a switch.
 
     Args:
         status: Says where the run stands.
@@ -22,12 +22,24 @@ class StatusNotebookProgressCallback(NotebookProgressCallback):
     def __init__(self, status: Callable[[], Status]) -> None:
         super().__init__()
         self._status = status
+        self._switches = Switches()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make bar and table; another run begins."""
+        self._switches = Switches()
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the bar with τ in its comment; the Trainer's own update of the same step then finds it drawn."""
-        comment = f"Epoch {state.epoch:.2f}/{state.num_train_epochs}, {self._status()}"
+        """Draw the bar with it in its comment; the Trainer's own update of the same step then finds it drawn."""
+        status = self._status()
+        line = self._switches.line(status)
+        if line is not None:
+            print(line)
+        comment = f"Epoch {state.epoch:.2f}/{state.num_train_epochs}, {status}"
         self.training_tracker.update(state.global_step + 1, comment=comment)
         super().on_step_end(args, state, control, **kwargs)
 
@@ -51,4 +63,4 @@ class StatusNotebookProgressCallback(NotebookProgressCallback):
         table, status = self.training_tracker.inner_table, self._status()
         # A row with the same first entry is filled up, not added.
         same_row = {table[0][0]: table[-1][0]}
-        self.training_tracker.write_line({**same_row, "τ": f"{status.tau:.2f}", "Importance": status.state})
+        self.training_tracker.write_line({**same_row, "τ": f"{status.tau:.2f}", "Importance": status.word})

@@ -1,4 +1,4 @@
-"""τ, and whether importance sampling is on, in the progress bar.
+"""Whether importance sampling is on, and what it costs, in the progress bar.
 
 The bar is the Trainer's own with a few characters more behind it, so ``disable_tqdm`` silences it as it does the
 Trainer's. :mod:`hf_importance.reporting.notebook` has its twin for notebooks.
@@ -19,24 +19,60 @@ class Status:
 
     Attributes:
         tau: Moving average of τ.
-        against: What it, or what is measured beside it, is compared with.
+        cost: What the noise of a uniform step costs by importance, in uniform steps; None where nobody knows.
+        instead: What it goes by where it has no cost.
         state: ``"off"``, ``"on"``, or by what method it is on.
+        switched: Optimizer steps done when it last went on or off.
 
-    >>> print(Status(1.0, "< 2.00", "off"))
-    τ 1.00 < 2.00: off
+    >>> print(Status(1.2, 1.1))
+    IS off (would cost 1.10x)
+    >>> print(Status(2.3, 0.62, state="on"), Status(2.3, 0.62, state="history"), sep=", ")
+    IS on (0.62x), IS on (0.62x, history)
+    >>> print(Status(1.3, instead="τ 1.30 < 1.50"))
+    IS off (τ 1.30 < 1.50)
     """
 
-    tau: float
-    against: str
-    state: str
+    tau: float = 1.0
+    cost: float | None = None
+    instead: str = ""
+    state: str = "off"
+    switched: int = 0
+
+    @property
+    def why(self) -> str:
+        """What it goes by, and the method where there are several; empty where there is nothing to say."""
+        if self.cost is None:
+            first = self.instead
+        else:
+            first = f"{'would cost ' if self.state == 'off' else ''}{self.cost:.2f}x"
+        return ", ".join(text for text in (first, self.state if self.state not in ("on", "off") else "") if text)
+
+    @property
+    def word(self) -> str:
+        """On or off, and why."""
+        return ("off" if self.state == "off" else "on") + (f" ({self.why})" if self.why else "")
 
     def __str__(self) -> str:
         """Say it in as few characters as a progress bar has."""
-        return f"τ {self.tau:.2f} {self.against}: {self.state}"
+        return f"IS {self.word}"
+
+
+class Switches:
+    """Says in a line of its own that importance sampling went on or off, or draws otherwise."""
+
+    def __init__(self) -> None:
+        self._before: str | None = None  # unknown: a run begins
+
+    def line(self, status: Status) -> str | None:
+        """Give the line; None where nothing has changed since the last call."""
+        before, self._before = self._before, status.state
+        if before is None or before == status.state:
+            return None
+        return f"Importance sampling {status.word} after step {status.switched}, at τ {status.tau:.2f}."
 
 
 class StatusProgressCallback(ProgressCallback):
-    """The Trainer's progress bar for a terminal, with τ, what it is compared with, and on or off behind it.
+    """The Trainer's progress bar for a terminal, with on or off and what it costs behind it, and a line a switch.
 
     Args:
         status: Says where the run stands.
@@ -45,18 +81,30 @@ class StatusProgressCallback(ProgressCallback):
     def __init__(self, status: Callable[[], Status]) -> None:
         super().__init__()
         self._status = status
+        self._switches = Switches()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the bar; another run begins."""
+        self._switches = Switches()
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put τ behind the bar; the bar's own update, which comes next, decides whether it is time to redraw."""
+        """Put it behind the bar; the bar's own update, which comes next, decides whether it is time to redraw."""
         if self.training_bar is not None:
-            self.training_bar.set_postfix_str(str(self._status()), refresh=False)
+            status = self._status()
+            self.training_bar.set_postfix_str(str(status), refresh=False)
+            line = self._switches.line(status)
+            if line is not None:
+                self.training_bar.write(line)
         super().on_step_end(args, state, control, **kwargs)
 
 
 def show_status(trainer: Trainer, status: Callable[[], Status]) -> None:
-    """Give the Trainer's own progress bar τ and the switch; leave any other, and none, as it is.
+    """Give the Trainer's own progress bar the status; leave any other, and none, as it is.
 
     Args:
         trainer: Its callbacks are looked through.

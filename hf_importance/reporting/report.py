@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from hf_importance.theory.sampling import effective_sample_size
 logger = logging.getLogger(__name__)
 
 PREFIX = "importance/"
+# What everyone looks at; the rest is logged with importance_log="all".
+BASIC = ("tau", "active", "active_share", "relative_cost", "examples_saved")
 OCTAVES = 7  # on each side of a weight of 1, of the histogram of weights; what lies outside counts into its last bars
 WEIGHT_EDGES = [2.0 ** (half / 2) for half in range(-2 * OCTAVES, 2 * OCTAVES + 1)]
 
@@ -41,6 +43,56 @@ def relative_compute(entry: Mapping[str, float]) -> float:
     return (trained + entry.get(f"{PREFIX}kappa", ASSUMED_KAPPA) * scored) / (trained + saved)
 
 
+def outcome(end: Mapping[str, float], steps: int) -> str:
+    """Say in one sentence how a finished run went.
+
+    Args:
+        end: Its metrics: what ``train()`` returns as such, or the last entry of its log.
+        steps: Optimizer steps of the run.
+
+    >>> counts = {"steps_on": 212, "largest_tau": 2.9, "kappa": 0.2}
+    >>> counts |= {"examples_scored": 7168, "examples_trained": 6374, "examples_saved": 6426}
+    >>> outcome({PREFIX + name: count for name, count in counts.items()}, 400)
+    'Importance sampling: on in 212 of 400 steps, 61% of the compute of uniform steps; largest τ 2.9.'
+    """
+    own = {name.removeprefix(PREFIX): value for name, value in end.items() if name.startswith(PREFIX)}
+    tau = own["largest_tau"]
+    if own["steps_on"]:
+        return (
+            f"Importance sampling: on in {own['steps_on']} of {steps} steps, {relative_compute(end):.0%} of the "
+            f"compute of uniform steps; largest τ {tau:.1f}."
+        )
+    never = f"Importance sampling: never on in {steps} steps, which were the plain Trainer's"
+    if own.get("ruled_out"):
+        return f"{never}: a warning says what stands in the way."
+    if "tau_threshold" in own:
+        why = f"the largest τ was {tau:.2f}, and its threshold is {own['tau_threshold']:.2f}"
+    elif "lowest_cost" in own:
+        why = (
+            f"at equal noise a step never cost less than {own['lowest_cost']:.2f} uniform steps (largest τ {tau:.1f})"
+        )
+    else:
+        why = "they were too few to know what it costs"
+    return (
+        f"{never}: {why}. That is right where most examples still teach; a longer run, or cheaper scoring "
+        "(scoring_dtype='bf16'), may change it."
+    )
+
+
+def evaluated(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Give what an evaluation found, by name, without what it took; its loss and metrics, in the order logged.
+
+    >>> evaluated({"eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 2.0, "epoch": 1.0})
+    {'eval_loss': 0.5, 'eval_accuracy': 0.9}
+    """
+    taken = ("_runtime", "_per_second", "_time", "_samples")
+    return {
+        name: value
+        for name, value in entry.items()
+        if name.startswith("eval_") and not name.endswith(taken) and isinstance(value, int | float)
+    }
+
+
 Count = Annotated[int, COUNT]
 
 
@@ -54,28 +106,22 @@ class Totals:
     examples_saved: int = 0  # rows of the Trainer's own batches, what uniform training takes, minus examples_trained
     nonfinite_steps: Count = 0  # optimizer steps left uniform because a score was NaN or infinite
 
-    def sentence(self) -> str:
-        """Say what was saved."""
-        uniform = self.examples_trained + self.examples_saved
-        return (
-            f"Trained on {self.examples_trained} examples where uniform sampling takes {uniform} "
-            f"({self.examples_trained / uniform:.1%}), and scored {self.examples_scored} in passes of their own."
-        )
-
 
 class Report:
     """Collects figures on the host and gives them as one flat dict of floats at a logging step.
 
     Args:
         sum_over_ranks: Adds up a list of numbers over all ranks; the identity on one.
+        everything: Whether all entries go into the log, not those of :data:`BASIC` alone.
 
     Attributes:
         totals: Counts over all ranks, as of the last :meth:`sync`.
         weight_counts: Weights of what this process drew, by the half octave: see :data:`WEIGHT_EDGES`.
     """
 
-    def __init__(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
+    def __init__(self, sum_over_ranks: Callable[[list[float]], list[float]], everything: bool = False) -> None:
         self._sum_over_ranks = sum_over_ranks
+        self._everything = everything
         self.totals = Totals()
         self.weight_counts = torch.zeros(len(WEIGHT_EDGES) - 1, dtype=torch.int64)
         self._unsynced = Totals()
@@ -165,14 +211,14 @@ class Report:
             **vars(self.totals),
         }
         self._restart()
-        return {PREFIX + name: value for name, value in entries.items()}
+        return {PREFIX + name: value for name, value in entries.items() if self._everything or name in BASIC}
 
     def summary(self, steps_on: int, method: Mapping[str, float]) -> dict[str, float]:
         """Give the metrics of a finished run. All ranks must call it.
 
         Args:
             steps_on: Optimizer steps drawn by importance since the start.
-            method: Entries of the method's own, and κ where it was measured.
+            method: Entries of the method's own, κ where it was measured, and what the run came to.
 
         Returns:
             These; ``importance/steps_on``, and ``importance/examples_scored``, ``_trained`` and ``_saved`` over all

@@ -17,7 +17,7 @@ from hf_importance.checkpoint.schema import COUNT, choice, number, optional
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.precision import AS_TRAINING
 from hf_importance.ranks import Ranks
-from hf_importance.reporting.report import Report
+from hf_importance.reporting.report import Report, outcome
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed
 from hf_importance.run.pools import NO_ITEMS, figures, figures_of
@@ -41,6 +41,8 @@ class RunState:
     switches: Annotated[int, COUNT] = 0
     switched: Annotated[int, COUNT] = 0  # optimizer steps done at the last of them
     steps_on: Annotated[int, COUNT] = 0  # optimizer steps drawn by importance
+    largest_tau: Annotated[float, number(1 - 1e-6, 1e9)] = 1.0
+    lowest_cost: Annotated[float | None, optional(number(0, 1e9))] = None  # of those that the sampler gave
     drawn: bool = False  # whether the last step was
     items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
     examples: Annotated[float, _SUM] = 0.0  # examples in them
@@ -74,6 +76,7 @@ class Ledger:
         self.state = RunState()
         self.step: Step | None = None
         self.problem: str | None = None
+        self._end: dict[str, float] | None = None  # what the finished run came to
 
     def begin(self, step: Step | None) -> Step | None:
         """A step begins; None: one that is nobody's business, since importance sampling is off for good."""
@@ -190,9 +193,17 @@ class Ledger:
             momentum = self.sampler.momentum
             self.state.tau = momentum * self.state.tau + (1 - momentum) * tau
             self.sampler.learn(tau, measured)
+            self._note()
         if step.kind != "visits":
             self.state.items += items
             self.state.examples += examples
+
+    def _note(self) -> None:
+        """Note how far it came, for the end of the run."""
+        state, cost = self.state, self.sampler.cost
+        state.largest_tau = max(state.largest_tau, state.tau)
+        if cost is not None:
+            state.lowest_cost = cost if state.lowest_cost is None else min(state.lowest_cost, cost)
 
     # ---- Switches and the log ----
 
@@ -226,6 +237,9 @@ class Ledger:
         self.commit()
         active, state = self.drawing() is not None, self.state
         method = self.sampler.log_entries()
+        cost = self.sampler.cost
+        if cost is not None:
+            method["relative_cost"] = cost
         if state.switches:
             method["switched_at"] = state.switched
         return self.report.drain(state.tau, active, state.switches, method)
@@ -235,17 +249,24 @@ class Ledger:
         self.commit()
         if self.table is not None:
             self.table.exchange()
-        kappa = {"kappa": self.clock.kappa} if self.clock.measured else {}
-        return self.report.summary(self.state.steps_on, {**kappa, **self.sampler.outcome()})
+        found: dict[str, float] = {"largest_tau": self.state.largest_tau, **self.sampler.outcome()}
+        if self.clock.measured:
+            found["kappa"] = self.clock.kappa
+        if self.state.lowest_cost is not None:
+            found["lowest_cost"] = self.state.lowest_cost
+        found |= {name: value for name, value in self.sampler.log_entries().items() if name == "tau_threshold"}
+        if self.watch.barred is not None:
+            found["ruled_out"] = 1.0
+        self._end = self.report.summary(self.state.steps_on, found)
+        return self._end
 
     def say_how_it_went(self) -> None:
-        """Say in one sentence how the finished run went: printed where the sampler has something to say."""
-        own, totals = self.sampler.sentence(), self.report.totals
-        if self.ranks.rank == 0 and own is not None:
-            print(own)
-        elif self.ranks.rank == 0 and totals.examples_trained:
-            logger.info("%s", totals.sentence())
+        """Print one sentence on how the finished run went: the sampler's own, where it has one."""
+        if self.ranks.rank == 0 and self._end is not None:
+            print(self.sampler.sentence() or outcome(self._end, self.facts.step()))
 
-    def status(self) -> tuple[float, str, str]:
-        """Give τ, what it is compared with, and what is on, for the progress bar."""
-        return self.state.tau, self.sampler.status(), self.drawing() or "off"
+    def status(self) -> tuple[float, float | None, str, str, int]:
+        """Give what the progress bar says, in the order of :class:`.Status`."""
+        if self.watch.barred is not None:
+            return self.state.tau, None, "for this run", "off", self.state.switched
+        return self.state.tau, self.sampler.cost, self.sampler.status(), self.drawing() or "off", self.state.switched

@@ -167,7 +167,10 @@ def start(
         score_all=lambda: alive(that[0]).score_all(),
         generator=lambda *key: torch.Generator().manual_seed(key_to_seed(seed, *key)),
     )
-    sharded, report = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, Report(ranks.sum)
+    sharded, report = (
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        Report(ranks.sum, settings.importance_log == "all"),
+    )
     scorer = scorer_of(trainer, head, settings, sampler.score if score is None else score, sharded)
     tried, mixed = settings.scoring_dtype == "auto", trainer.accelerator.mixed_precision not in (None, "no")
     cheaper = cheaper_than(trainer.model, mixed, args.device) if tried else None

@@ -106,9 +106,16 @@ class Auto(Sampler):
         """That of what is on."""
         return self.fresh.gain if self.fresh.active else self.remembered.gain
 
+    @property
+    def cost(self) -> float | None:
+        """That of what is on; else of the cheaper one."""
+        if self.active:
+            return self.fresh.cost if self.fresh.active else self.remembered.cost
+        return min((cost for cost in (self.fresh.cost, self.remembered.cost) if cost is not None), default=None)
+
     def status(self) -> str:
-        """Say the gain of the memory."""
-        return self.remembered.status()
+        """Say why there is no price yet."""
+        return self.fresh.status()
 
     def log_entries(self) -> dict[str, float]:
         """Give those of both."""

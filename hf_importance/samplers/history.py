@@ -204,9 +204,14 @@ class History(Sampler):
         state = self.state
         return state.uniform_moment / state.drawn_moment if state.drawn_moment > 0 else 1.0
 
+    @property
+    def cost(self) -> float | None:
+        """Its price, once enough was remembered."""
+        return self.price if math.isfinite(self.price) else None
+
     def status(self) -> str:
-        """Say the gain."""
-        return f"gain {self.gain:.2f}"
+        """Say why there is no price yet."""
+        return "remembering scores"
 
     def log_entries(self) -> dict[str, float]:
         """Give the gain, what the table holds, and what was skipped."""

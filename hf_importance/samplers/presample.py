@@ -228,11 +228,16 @@ class Presample(Sampler):
         planned, size = self.plan(), self.run.batch_size
         return 1 / relative_variance(planned.pool, planned.kept, size, self.variance_factor)
 
+    @property
+    def cost(self) -> float | None:
+        """Its price, once κ is measured, where it goes by that."""
+        return self.price() if self.threshold is None and self.run.clock.measured else None
+
     def status(self) -> str:
         """Say what τ is compared with."""
         if self.threshold is None:
-            return f"price {self.price():.2f}"
-        return f"{'>' if self.state.on else '<'} {self.threshold:.2f}"
+            return "measuring what scoring costs"
+        return f"τ {self.run.tau():.2f} {'>' if self.state.on else '<'} {self.threshold:.2f}"
 
     def log_entries(self) -> dict[str, float]:
         """Give the threshold or the price, κ and α."""

@@ -263,12 +263,20 @@ class Sampler:
         """How many times as large a uniform batch would be with the noise of a step of its; 1 where nobody knows."""
         return 1.0
 
+    @property
+    def cost(self) -> float | None:
+        """What the noise of a uniform step costs by this method, in uniform steps, below 1 where it pays.
+
+        None where nobody knows (yet), or where it goes by something else.
+        """
+        return None
+
     def status(self) -> str:
-        """Say in a few characters what τ is compared with, for the progress bar."""
+        """Say in a few characters what it goes by where that is no cost, for the progress bar."""
         return ""
 
     def log_entries(self) -> dict[str, float]:
-        """Give entries for the log, by their name without the prefix."""
+        """Give entries for the log, by their name without the prefix; ``importance_log="all"`` shows them."""
         return {}
 
     def outcome(self) -> dict[str, float]:

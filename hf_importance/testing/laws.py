@@ -155,6 +155,7 @@ class SamplerLaws:
         settings: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
         settings |= {"max_steps": self.steps, "learning_rate": 1e-2, "logging_steps": 5, "save_strategy": "no"}
         settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+        settings |= {"importance_log": "all"}
         args = ImportanceTrainingArguments(str(folder), **{**settings, **self.settings, **arguments})
         model, data, callback = toy_model(dropout), toy_data(self.examples), SaveWithin(within)
         given: dict[str, Any] = {"model": model, "args": args, "train_dataset": data, "callbacks": [callback]}

@@ -1,0 +1,32 @@
+"""What several seeds say: mean, spread, and the interval in which their mean lies."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+# Student's t, 97.5 %, at 1 to 10 degrees of freedom; beyond them 1.96 + 2.6 / degrees, right to 0.01.
+QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Give the mean, and the standard deviation of several.
+
+    >>> mean_and_spread([0.5]), mean_and_spread([0.5, 0.7])
+    ('0.5', '0.6 ± 0.14')
+    """
+    mean = f"{statistics.fmean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Give half of the 95 % interval of a mean, by Student's t; None of a single value.
+
+    >>> interval([1.0]), round(interval([1.0, 3.0]), 2)
+    (None, 12.71)
+    """
+    degrees = len(values) - 1
+    if not degrees:
+        return None
+    quantile = QUANTILES[degrees - 1] if degrees <= len(QUANTILES) else 1.96 + 2.6 / degrees
+    return quantile * statistics.stdev(values) / len(values) ** 0.5
