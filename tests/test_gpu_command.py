@@ -1,4 +1,4 @@
-"""The command that measures on a GPU: every part runs with tiny models, goes on where it ended, and says what lacks."""
+"""The command for a GPU: every part runs with tiny models, goes on where it was ended, and says what is missing."""
 
 import importlib.util
 import json
