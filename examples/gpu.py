@@ -203,7 +203,8 @@ def data_of(kind: str, quick: bool, even: bool) -> list:
         return blocks(64, 16, 256) if quick else blocks(512, 512, 128256)
     if kind == "bert":
         return texts(64 if quick else 4096, 16 if quick else 128, 256 if quick else 30522, CLASSES, even)
-    return photographs(64 if quick else 512, 32 if quick else 224, CLASSES)
+    # Each comes up several times an epoch, whose end would start new workers.
+    return photographs(64, 32, CLASSES) if quick else 16 * photographs(256, 224, CLASSES)
 
 
 class Bench:
