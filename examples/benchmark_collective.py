@@ -10,12 +10,14 @@ turns, so that a change of the machine's load meets all of them. The result stan
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
@@ -24,15 +26,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from benchmark_step import make_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    HfArgumentParser,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.testing import leave_processes
@@ -46,6 +43,8 @@ class BenchmarkArguments:
     repeats: int = field(default=5, metadata={"help": "Runs of each number of processes."})
     steps: int = field(default=10, metadata={"help": "Timed steps a run, after 3 that are not."})
     batch_size: int = field(default=8, metadata={"help": "Examples a step and process."})
+    use_cpu: bool = field(default=True, metadata={"help": "A small BERT; false: BERT-base, a GPU a process."})
+    json: str | None = field(default=None, metadata={"help": "File that gets what was measured."})
 
 
 class Timed:
@@ -56,7 +55,9 @@ class Timed:
         self.seconds, self.calls, self.numbers = 0.0, 0, 0
 
     def __call__(self, tensor: Tensor, *args: Any) -> Tensor:
-        """Sum, and wait for it."""
+        """Sum, and wait for it, but not for what the device had to do before."""
+        if tensor.device.type != "cpu":
+            torch.accelerator.synchronize()
         started = time.perf_counter()
         found = self.reduce(tensor, *args)
         found.tolist()
@@ -85,10 +86,10 @@ class Steps(TrainerCallback):
         return [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in pairs]
 
 
-def make_data(examples: int = 1024) -> Dataset:
+def make_data(length: int, examples: int = 1024) -> Dataset:
     """Give random tokens: the time of a step does not depend on what they are."""
     generator = np.random.default_rng(0)
-    tokens = generator.integers(0, 30000, (examples, 32))
+    tokens = generator.integers(0, 30000, (examples, length))
     labels = generator.integers(0, 10, examples)
     columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
     return Dataset.from_dict(columns).with_format("torch")
@@ -96,8 +97,6 @@ def make_data(examples: int = 1024) -> Dataset:
 
 def train(settings: BenchmarkArguments, on: bool) -> tuple[list[tuple[float, float, int]], int]:
     """Train, switched on from the second step or off throughout; give the steps and the numbers in a collective."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
     args = ImportanceTrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=settings.batch_size,
@@ -106,26 +105,28 @@ def train(settings: BenchmarkArguments, on: bool) -> tuple[list[tuple[float, flo
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=settings.use_cpu,
+        bf16=not settings.use_cpu,
         dataloader_pin_memory=False,
         tau_threshold=1 + 1e-9 if on else 0.99 * settings.batch_size**0.5,
         importance_kwargs={"momentum": 0.0, "kappa": 1 / 3},  # nothing to be measured
     )
     steps = Steps()
-    model = BertForSequenceClassification(BertConfig(num_labels=10, **sizes))
-    trainer = ImportanceTrainer(model=model, args=args, train_dataset=make_data(), callbacks=[steps])
+    size, length = ("small", 32) if settings.use_cpu else ("full", 128)
+    model, data = make_model("bert", size), make_data(length)
+    trainer = ImportanceTrainer(model=model, args=args, train_dataset=data, callbacks=[steps])
     trainer.remove_callback(PrinterCallback)
     steps.sums = trainer.accelerator.reduce = Timed(trainer.accelerator.reduce)
     trainer.train()
     return steps.timed(), steps.numbers
 
 
-def alone(numbers: int, times: int = 200) -> float:
+def alone(numbers: int, device: torch.device | str, times: int = 200) -> float:
     """Give the median seconds of the collective by itself."""
     seconds = []
     for _ in range(times):
         started = time.perf_counter()
-        tensor = torch.ones(numbers, dtype=torch.float64)
+        tensor = torch.ones(numbers, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         tensor.tolist()
         seconds.append(time.perf_counter() - started)
@@ -147,7 +148,7 @@ def work(rank: int, world: int, port: int, settings: BenchmarkArguments, queue) 
             "collective": statistics.median(seconds for _, seconds, _ in steps),
             "calls": calls,
             "numbers": numbers,
-            "alone": alone(numbers),
+            "alone": alone(numbers, "cpu" if settings.use_cpu else f"cuda:{rank}"),
         }
     if rank == 0:
         queue.put(found)
@@ -156,9 +157,10 @@ def work(rank: int, world: int, port: int, settings: BenchmarkArguments, queue) 
 
 def measure(world: int, port: int, settings: BenchmarkArguments) -> dict:
     """Give the first rank's figures of one run."""
-    # Forked, not spawned: imports are paid once. This process itself computes nothing.
-    queue = mp.get_context("fork").SimpleQueue()
-    mp.start_processes(work, args=(world, port, settings, queue), nprocs=world, start_method="fork")
+    # Forked, imports are paid once, for this process itself computes nothing; but CUDA does not outlive a fork.
+    method = "fork" if settings.use_cpu else "spawn"
+    queue = mp.get_context(method).SimpleQueue()
+    mp.start_processes(work, args=(world, port, settings, queue), nprocs=world, start_method=method)
     return queue.get()
 
 
@@ -178,6 +180,8 @@ def main() -> None:
             found = measure(world, 29600 + repeat * len(order) + place, settings)
             runs[world].append(found)
             print(f"repeat {repeat + 1}, {world} processes, load {os.getloadavg()[0]:.1f}: {found}", flush=True)
+    if settings.json:
+        Path(settings.json).write_text(json.dumps({"processes": runs}, default=sorted))
     print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, batch {settings.batch_size} a process")
     print(f"median and range of {settings.repeats} runs of {settings.steps} steps\n")
     print("| processes | | sums a step | numbers | step, ms | in the collective, ms | share of the step | alone, ms |")

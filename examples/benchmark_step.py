@@ -2,13 +2,12 @@
 
     python examples/benchmark_step.py                          # four models of a few million parameters, on a CPU
     python examples/benchmark_step.py --models bert --rounds 9
-    python examples/benchmark_step.py --full                   # ViT-B, ResNet-50, BERT-base, a 1B Llama: for a GPU
     python examples/benchmark_step.py --parts off no_harm      # whole runs of both trainers, in turn
     python examples/benchmark_step.py --parts passes layout    # what two scoring passes cost, and what the layout does
 
 All that is compared runs in one process, in turn, round after round; a figure is the median over the rounds, with the
 smallest and largest where it decides. Every optimizer step of an importance step goes through the trainer's own
-methods. Results, with hardware and versions, stand in docs/benchmarks.md.
+methods. Results, with hardware and versions, stand in docs/benchmarks.md; real sizes on a GPU are gpu.py's.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,17 +45,64 @@ from hf_importance import (
     ImportanceTrainer,
     ImportanceTrainingArguments,
     Pool,
-    Sampler,
-    Scored,
-    resample,
+    Presample,
 )
 from hf_importance.batches.pool import Padding, PooledBatches
 from hf_importance.heads.choose import head_of
 from hf_importance.heads.sliced import SlicedHead
 from hf_importance.heads.tasks import TokenHead
-from hf_importance.objective.scorer import Scorer, autocast_to, evaluation_mode
+from hf_importance.objective.scorer import Scorer, evaluation_mode
 
-MODELS = ("vit", "resnet", "bert", "llama", "mobilenet")
+SMALL_ENCODER = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+TINY_ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+# Class, config, and what the sizes differ in; the full ones are ViT-B/16, ResNet-50, BERT-base and Llama 3.2 1B.
+KINDS: dict[str, tuple[type[nn.Module], type, dict[str, dict]]] = {
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig,
+        {
+            "full": {},
+            "small": {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 6,
+                      "num_attention_heads": 3, "intermediate_size": 768},
+            "tiny": {"image_size": 32, "patch_size": 16, **TINY_ENCODER},
+        },
+    ),
+    "resnet": (
+        ResNetForImageClassification,
+        ResNetConfig,
+        {
+            "full": {},
+            "small": {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]},
+            "tiny": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        },
+    ),
+    "bert": (
+        BertForSequenceClassification,
+        BertConfig,
+        {
+            "full": {},
+            "small": {**SMALL_ENCODER, "intermediate_size": 1024},
+            "tiny": {**TINY_ENCODER, "vocab_size": 256},
+        },
+    ),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "full": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                     "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True},
+            "small": {**SMALL_ENCODER, "intermediate_size": 768, "vocab_size": 8192},
+            "tiny": {**TINY_ENCODER, "vocab_size": 256},
+        },
+    ),
+    "mobilenet": (
+        MobileNetV2ForImageClassification,
+        MobileNetV2Config,
+        {"small": {"depth_multiplier": 0.35}},
+    ),
+}  # fmt: skip
+MODELS = tuple(KINDS)
+CLASSES = 10
 CONVOLUTIONS = ("resnet", "mobilenet")
 PARTS = ("scoring", "step", "off", "no_harm", "passes", "layout")
 
@@ -71,7 +117,6 @@ class BenchmarkArguments:
     batch_size: int = field(default=32, metadata={"help": "Examples a step; a quarter of it for the Llama."})
     presample_ratio: float = field(default=3.0, metadata={"help": "Pool size over batch size, of the step's row."})
     compiled: bool = field(default=False, metadata={"help": "Measure compiled scoring too: minutes of compilation."})
-    full: bool = field(default=False, metadata={"help": "Real sizes, bf16 training: needs a GPU."})
     steps: int = field(default=12, metadata={"help": "Timed steps of a run that compares whole trainers."})
     run_steps: int = field(default=150, metadata={"help": "Steps of a whole run, for no_harm."})
 
@@ -84,40 +129,29 @@ def now() -> float:
     return time.process_time()
 
 
-def make_model(name: str, full: bool) -> nn.Module:
-    """Give a model from a config, not trained: what a step costs does not depend on the weights."""
+def make_model(name: str, size: str = "small") -> nn.Module:
+    """Give a model from a config, not trained: what a step costs does not depend on the weights.
+
+    Args:
+        name: One of ``MODELS``.
+        size: ``"full"``, the published model's; ``"small"``, a few million parameters; ``"tiny"``, a few thousand.
+    """
     torch.manual_seed(0)
-    if name == "vit":
-        small = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
-        config = ViTConfig(num_labels=10) if full else ViTConfig(image_size=32, patch_size=4, num_labels=10, **small)
-        return ViTForImageClassification(config)
-    if name == "resnet":
-        small = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
-        return ResNetForImageClassification(ResNetConfig(num_labels=10, **({} if full else small)))
-    if name == "mobilenet":
-        return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=10, depth_multiplier=0.35))
-    if name == "bert":
-        small = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-        return BertForSequenceClassification(BertConfig(num_labels=10, **({} if full else small)))
-    sizes = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
-    sizes |= {"intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True}  # 1.24 B parameters
-    if not full:
-        sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
-        sizes |= {"vocab_size": 8192}
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+    kind, config, sizes = KINDS[name]
+    classes = {} if name == "llama" else {"num_labels": CLASSES}
+    return kind(config(**classes, **sizes[size]))
 
 
-def make_data(name: str, full: bool, examples: int = 768) -> Dataset:
+def make_data(name: str, examples: int = 768) -> Dataset:
     """Give random inputs of the model's shape, as columns that are quick to read."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, examples)
     if name in ("bert", "llama"):
-        length, words = (128 if name == "bert" else 512) if full else 64, 30000 if name == "bert" else 8000
-        tokens = generator.integers(1, words, (examples, length))
+        tokens = generator.integers(1, 30000 if name == "bert" else 8000, (examples, 64))
         labels = labels if name == "bert" else tokens
         columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
     else:
-        side = 224 if full else {"vit": 32, "resnet": 64, "mobilenet": 96}[name]
+        side = {"vit": 32, "resnet": 64, "mobilenet": 96}[name]
         columns = {"pixel_values": generator.random((examples, 3, side, side), dtype=np.float32), "labels": labels}
     return Dataset.from_dict(columns).with_format("numpy")
 
@@ -137,8 +171,11 @@ class Rows(torch.utils.data.Dataset):
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def make_trainer(kind: type[Trainer], name: str, data: Rows, settings: BenchmarkArguments, **options) -> Trainer:
-    """Give a trainer that prints and saves nothing."""
+GIVEN_TO_THE_TRAINER = ("model", "data_collator", "callbacks", "compute_score_func", "sampler")
+
+
+def make_trainer(kind: type[Trainer], name: str, data: Sized, settings: BenchmarkArguments, **options) -> Trainer:
+    """Give a trainer that prints and saves nothing, of a model of its own where none is given."""
     size = settings.batch_size // 4 if name == "llama" else settings.batch_size
     defaults = {
         "output_dir": tempfile.mkdtemp(),
@@ -148,14 +185,13 @@ def make_trainer(kind: type[Trainer], name: str, data: Rows, settings: Benchmark
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": settings.full,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "presample_ratio": 3.0,  # nothing to be measured
         "tau_threshold": 0.99 * size**0.5,  # never passed: off
     }
-    given = {key: options.pop(key) for key in ("callbacks", "compute_score_func", "sampler") if key in options}
+    given = {key: options.pop(key) for key in GIVEN_TO_THE_TRAINER if key in options}
     args = ImportanceTrainingArguments(**{**defaults, **options})
-    trainer = kind(make_model(name, settings.full), args, train_dataset=data, **given)
+    trainer = kind(given.pop("model", None) or make_model(name), args=args, train_dataset=data, **given)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -206,15 +242,6 @@ def trains(trainer: Trainer, batch: dict[str, Tensor]) -> Callable[[], None]:
     return train
 
 
-def peak_memory(thing: Callable[[], object]) -> str:
-    """Give the peak of a device's memory, in MiB; on a CPU examples/benchmark_memory.py measures it."""
-    if not torch.cuda.is_available():
-        return "-"
-    torch.cuda.reset_peak_memory_stats()
-    thing()
-    return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"
-
-
 def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     """Print scoring against a bare forward pass under inference_mode, and kappa for each precision."""
     trainer = make_trainer(ImportanceTrainer, name, data, settings)
@@ -237,11 +264,9 @@ def scoring(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         things |= {"compiled": score(compile=torch.compile)}
         things |= {"compiled bf16": score(compile=torch.compile, dtype="bf16")}
     seconds = in_turn(things, settings.rounds)
-    with evaluation_mode(model), torch.no_grad(), autocast_to(model, None):
-        memory = [peak_memory(thing) for thing in (bare, things["as training"])]
     print(
         f"{name:7} bare forward {1000 * statistics.median(seconds['bare']):8.1f} ms, ours / bare "
-        f"{ratios(seconds['as training'], seconds['bare'])}, peak MiB {memory[0]} and {memory[1]}; "
+        f"{ratios(seconds['as training'], seconds['bare'])}; "
         f"training {1000 * statistics.median(seconds['train']):8.1f} ms"
     )
     for kind in things:
@@ -286,20 +311,24 @@ def layout(name: str, data: Rows, settings: BenchmarkArguments) -> None:
         print(f"{name:7} {kind:6} channels_last / contiguous {ratios(last, usual)}", flush=True)
 
 
-class InTurn(Sampler):
-    """Trains uniformly and by importance, step by step in turn, whatever τ is."""
+@dataclass
+class Forced(Presample):
+    """Presampling that is on whatever τ is and whatever it costs, for what an importance step takes.
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
+    Attributes:
+        share: Of a batch, that is kept.
+        in_turn: Whether every second step is a uniform one.
+    """
+
+    share: float = 1.0
+    in_turn: bool = False
 
     def pool(self) -> Pool | None:
-        """Score a pool in every second step, and keep as many as a batch has."""
+        """Score a pool, and keep the share."""
         size = self.run.batch_size
-        return Pool(math.ceil(self.ratio * size), size) if self.run.step() % 2 else None
-
-    def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
-        """Keep rows in proportion to their scores."""
-        return resample(pool.scores, pool.kept, generator=pool.generator)
+        if self.in_turn and self.run.step() % 2 == 0:
+            return None
+        return Pool(math.ceil(self.ratio * size), max(round(self.share * size), 1))
 
 
 class InTurnTimes(TrainerCallback):
@@ -311,7 +340,6 @@ class InTurnTimes(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
         self.seconds: dict[str, list[float]] = {"uniform": [], "importance": [], "score": []}
-        self.memory: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start."""
@@ -323,15 +351,11 @@ class InTurnTimes(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Keep the time, and score a batch; the first two steps warm up."""
         kind, took = "importance" if state.global_step % 2 == 0 else "uniform", now() - self.started
-        if torch.cuda.is_available():
-            self.memory[kind] = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"
         started = now()
         self.scorer(pool_of(self.trainer, [next(self.batches)])).cpu()
         if state.global_step > 2:
             self.seconds[kind].append(took)
             self.seconds["score"].append(now() - started)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         self.started = now()
 
 
@@ -339,7 +363,7 @@ def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     """Print whole optimizer steps: uniform, and by importance against what kappa * B + n predicts."""
     times = InTurnTimes()
     options = {"max_steps": 2 * settings.rounds + 2, "tau_threshold": None, "presample_ratio": "auto"}
-    sampler = InTurn(settings.presample_ratio)
+    sampler = Forced(settings.presample_ratio, threshold=1.0001, in_turn=True)
     trainer = times.trainer = make_trainer(
         ImportanceTrainer, name, data, settings, **options, sampler=sampler, callbacks=[times]
     )
@@ -351,8 +375,7 @@ def step(name: str, data: Rows, settings: BenchmarkArguments) -> None:
     print(
         f"{name:7} uniform step {1000 * statistics.median(seconds['uniform']):8.1f} ms, kappa {kappa:.3f}: importance "
         f"step / uniform {ratios(seconds['importance'], seconds['uniform'])}, predicted {predicted:.3f}, "
-        f"took / predicted {took / predicted:.3f}, peak MiB {times.memory.get('uniform', '-')} and "
-        f"{times.memory.get('importance', '-')}",
+        f"took / predicted {took / predicted:.3f}",
         flush=True,
     )
 
@@ -483,7 +506,7 @@ def main() -> None:
     for part in settings.parts:
         print(f"\n{part}")
         for name in settings.models:
-            data = Rows(make_data(name, settings.full))
+            data = Rows(make_data(name))
             measures[part](name, data, settings)
 
 

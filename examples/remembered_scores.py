@@ -163,7 +163,7 @@ def fashion(data: Path, models: Path) -> Task:
     )  # fmt: skip
 
 
-def clothing(data: Path, models: Path) -> Task:
+def clothing(data: Path, models: Path, count: int | None = None) -> Task:
     """Fine-tune MobileNetV2 on 3,068 photographs of clothes at 96 pixels."""
 
     def model() -> nn.Module:
@@ -178,14 +178,14 @@ def clothing(data: Path, models: Path) -> Task:
     folder = data / "clothing10_128px"
     return Task(
         model,
-        pictures(folder, "train", None, 96),
+        pictures(folder, "train", count, 96),
         pictures(folder, "test", None, 96),
         lambda: pictures(folder, "validation", None, 96),
         {"per_device_train_batch_size": 32, "num_train_epochs": 8, "learning_rate": 1e-3},
     )
 
 
-def cifar(data: Path, models: Path) -> Task:
+def cifar(data: Path, models: Path, count: int | None = 2_000) -> Task:
     """Fine-tune ResNet-20, trained on CIFAR-10, on 2,000 of its pictures re-encoded as JPEG."""
 
     def model() -> nn.Module:
@@ -195,7 +195,7 @@ def cifar(data: Path, models: Path) -> Task:
     folder = data / "cifar10_jpeg_20k"
     return Task(
         model,
-        pictures(folder, "train", 2_000, 32, 0.47, 0.25),
+        pictures(folder, "train", count, 32, 0.47, 0.25),
         pictures(folder, "test", None, 32, 0.47, 0.25),
         lambda: pictures(folder, "train", 5_000, 32, 0.47, 0.25, start=2_000),
         {"per_device_train_batch_size": 64, "num_train_epochs": 5, "learning_rate": 0.01, "optim": "sgd",
@@ -203,7 +203,7 @@ def cifar(data: Path, models: Path) -> Task:
     )  # fmt: skip
 
 
-def _minilm(models: Path, data: Path, count: int, labels: int, epochs: int) -> Task:
+def _minilm(models: Path, data: Path, count: int | None, labels: int, epochs: int) -> Task:
     folder = models / "minilm-l6-h384-fp16"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Task(
@@ -216,9 +216,9 @@ def _minilm(models: Path, data: Path, count: int, labels: int, epochs: int) -> T
     )
 
 
-def sst2(data: Path, models: Path) -> Task:
+def sst2(data: Path, models: Path, count: int | None = 1_500) -> Task:
     """Fine-tune MiniLM on 1,500 sentences of film reviews, two classes."""
-    return _minilm(models, data / "sst2_sentences", 1_500, 2, 6)
+    return _minilm(models, data / "sst2_sentences", count, 2, 6)
 
 
 def clinc(data: Path, models: Path) -> Task:
