@@ -13,7 +13,7 @@ The task is that of image_classification.py::
     python examples/paper/batch_gain.py --full            # CIFAR-10, WRN-28-2
 
 Measured (6 CPU seconds a run, seeds 0, 1, 2): training loss 0.0017 with the learning rate raised linearly, 0.0028 by
-the root, 0.0042 as it is, 0.0024 uniform; smaller batches 0.0038 to 0.0071. Table: examples/paper/README.md.
+the root, 0.0042 as it is, 0.0024 uniform; smaller batches 0.0038 to 0.0071. Table: docs/paper.md.
 """
 
 from __future__ import annotations

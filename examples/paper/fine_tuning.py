@@ -14,7 +14,7 @@ scikit-learn's digits: WRN-10-1 trained on 0 to 4 by plain Adam, then fine-tuned
     python examples/paper/fine_tuning.py --full --dataset path/to/mit67 --model microsoft/resnet-50
 
 Measured: within seconds on a CPU τ does not reach 2 (1.2 on clothing10, 1.6 on digits), so it stays off and all rows
-are alike: the claim was not put to the test. Table: examples/paper/README.md.
+are alike: the claim was not put to the test. Table: docs/paper.md.
 """
 
 from __future__ import annotations

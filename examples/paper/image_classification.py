@@ -13,7 +13,7 @@ default is smaller: digits, WRN-10-1, b = 32, B = 160, learning rate 0.05, 2.5 C
     python examples/paper/image_classification.py --full --dataset cifar100
 
 Measured (digits, 10 CPU seconds a run, seeds 0, 1, 2): the claim does not hold there. Training loss 0.0030 by the
-upper bound, 0.0013 uniform, 0.0006 by top-k: a step costs 2.5 uniform ones, at a τ of 2. examples/paper/README.md.
+upper bound, 0.0013 uniform, 0.0006 by top-k: a step costs 2.5 uniform ones, at a τ of 2. docs/paper.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ and has one seed and three systems, 45 CPU seconds each: τ passes the threshold
     python examples/paper/permuted_pixels.py --full       # MNIST from the Hub
 
 Measured (six seeds, 45 CPU seconds a run): training loss 0.053 ± 0.018 by the upper bound, 0.031 ± 0.012 without
-replacement, 0.093 ± 0.027 by the loss, 0.092 ± 0.047 uniform; test errors alike. Table: examples/paper/README.md.
+replacement, 0.093 ± 0.027 by the loss, 0.092 ± 0.047 uniform; test errors alike. Table: docs/paper.md.
 """
 
 from __future__ import annotations

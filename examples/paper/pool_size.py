@@ -12,7 +12,7 @@ and τ of these runs::
     python examples/paper/pool_size.py --full             # CIFAR-10, WRN-28-2, B of 384, 640, 1024 and 2048
 
 Measured (6 CPU seconds a run, seeds 0, 1, 2): training loss 0.0021 uniform, 0.0034 to 0.0041 for B of 2b to 5b, 0.0065
-for 8b, 0.017 for 16b; the rule has 1.07 to 1.19, 1.18 and 1.62 for these. Table: examples/paper/README.md.
+for 8b, 0.017 for 16b; the rule has 1.07 to 1.19, 1.18 and 1.62 for these. Table: docs/paper.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ checks the 10 draws. ``squared_error`` sums the squared differences of the proba
 
 Measured (seeds 0, 1, 2): of the variance that the true norm takes away the upper bound takes 94 % (CIFAR-10) and 98 %
 (digits) once the model fits its data, and less than half before; the loss as much in the end, less in between. Draws
-without replacement are 13 % (CIFAR-10) to 78 % (digits) closer. Figures and tables: examples/paper/README.md.
+without replacement are 13 % (CIFAR-10) to 78 % (digits) closer. Figures and tables: docs/paper.md.
 """
 
 from __future__ import annotations
