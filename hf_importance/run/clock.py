@@ -252,8 +252,8 @@ class Clock:
         return max(PAIR_EVERY, math.ceil(self.kappa / (PROBE_SHARE * self._accumulation)) if probes else 0)
 
     def _measures_overhead(self, share: float) -> bool:
-        """Whether a step that keeps this share of a batch says what α is."""
-        return share <= FEW and len(self.state.few) < PAIRS and len(self.state.whole) > 0
+        """Whether a step that keeps this share of a batch says what α is; κ comes first."""
+        return self.measured and share <= FEW and len(self.state.few) < PAIRS and len(self.state.whole) > 0
 
     def _settle(self) -> None:
         state = self.state
