@@ -43,7 +43,8 @@ class Fetched:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sizes = [len(part) for part in tensors]
-        device = tensors[0].device
+        # A score of the user's own may lie on the host.
+        device = next((part.device for part in tensors if part.device.type != "cpu"), tensors[0].device)
         joined = torch.cat([part.detach().to(device, torch.float32, non_blocking=True) for part in tensors])
         events = _has_events(device)
         self._copy = joined.to("cpu", non_blocking=events)
