@@ -28,7 +28,7 @@ def texts(data, models):
     folder = f"{models}/minilm-l6-h384-fp16"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype="float32")
-    rows = Dataset.from_parquet(f"{data}/sst2_sentences/train.parquet").select(range(2000))
+    rows = Dataset.from_parquet(f"{data}/sst2_sentences/train.parquet").select(range(600))
     text, label = (
         next(c for c in rows.column_names if c in names) for names in (("text", "sentence"), ("label", "labels"))
     )
@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--models", required=True)
     parser.add_argument("--parts", nargs="+", default=["text", "image"])
+    parser.add_argument("--ways", nargs="+", default=["plain", "off", *KINDS])
     parser.add_argument("--against")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24)
@@ -126,9 +127,9 @@ def main():
         return
     versions = {"this": str(Path(__file__).parents[1]), **({"before": given.against} if given.against else {})}
     for part in given.parts:
-        found = {}
+        found: dict[tuple[str, str], list[dict]] = {}
         for turn in range(given.rounds):
-            runs = [(version, way) for way in ("plain", "off", *KINDS) for version in versions]
+            runs = [(version, way) for way in given.ways for version in versions]
             for version, way in runs if turn % 2 else runs[::-1]:
                 command = [sys.executable, __file__, "--data", given.data, "--models", given.models]
                 command += ["--steps", str(given.steps), "--run", part, way]
@@ -136,26 +137,21 @@ def main():
                 printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
                 steps = json.loads(printed.splitlines()[-1])
                 found.setdefault((version, way), []).append({k: statistics.median(v) for k, v in steps.items()})
-        for version in versions:
-            plain = [one["all"] for one in found[version, "plain"]]
-            off = [one["all"] / base for one, base in zip(found[version, "off"], plain, strict=True)]
-            report(part, version, f"off / plain ({1000 * statistics.median(plain):.0f} ms)", off)
-            for way in KINDS:
-                report(
-                    part,
-                    version,
-                    f"{way}: importance / uniform",
-                    [one["importance"] / one["uniform"] for one in found[version, way]],
-                )
-        if given.against:
-            for way in KINDS:
-                pairs = zip(found["this", way], found["before", way], strict=True)
-                report(
-                    part,
-                    "this / before",
-                    f"{way}: importance step over uniform",
-                    [(a["importance"] / a["uniform"]) / (b["importance"] / b["uniform"]) for a, b in pairs],
-                )
+        for way in given.ways:
+            for version in versions:
+                if way in KINDS:
+                    report(part, version, f"{way}: importance / uniform", ratios_of(found[version, way]))
+                elif way == "off" and (version, "plain") in found:
+                    pairs = zip(found[version, "off"], found[version, "plain"], strict=True)
+                    report(part, version, "off / plain", [one["all"] / base["all"] for one, base in pairs])
+            if given.against and way in KINDS:
+                pairs = zip(ratios_of(found["this", way]), ratios_of(found["before", way]), strict=True)
+                report(part, "this / before", f"{way}: the same", [one / before for one, before in pairs])
+
+
+def ratios_of(rounds):
+    """Give an importance step over a uniform one, by round."""
+    return [one["importance"] / one["uniform"] for one in rounds]
 
 
 def report(part, version, what, ratios):

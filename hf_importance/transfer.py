@@ -20,8 +20,15 @@ def to_device(value: Any, device: torch.device) -> Any:
         return type(value)(to_device(entry, device) for entry in value)
     if not isinstance(value, Tensor) or value.device.type == device.type:
         return value
+    if not _has_events(device):
+        return value.to(device)
     pinned = value if device.type == "mps" else value.pin_memory()  # torch pins none for it
     return pinned.to(device, non_blocking=True)
+
+
+def _has_events(device: torch.device) -> bool:
+    """Whether a device is one that torch itself can ask how far it is; XLA is none."""
+    return device.type == getattr(torch.accelerator.current_accelerator(), "type", None)
 
 
 class Fetched:
@@ -36,11 +43,13 @@ class Fetched:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sizes = [len(part) for part in tensors]
-        device = tensors[0].device
+        # A score of the user's own may lie on the host.
+        device = next((part.device for part in tensors if part.device.type != "cpu"), tensors[0].device)
         joined = torch.cat([part.detach().to(device, torch.float32, non_blocking=True) for part in tensors])
-        self._copy = joined.to("cpu", non_blocking=True)
+        events = _has_events(device)
+        self._copy = joined.to("cpu", non_blocking=events)
         self._done: torch.Event | None = None
-        if device.type != "cpu":
+        if events:
             self._done = torch.Event(device)
             self._done.record()
 

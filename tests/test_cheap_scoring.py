@@ -109,6 +109,27 @@ def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path, monkeypatch):
     assert 0 < seen["scored"] < 2 * seen["needed"]
 
 
+class Lazy(torch.nn.Module):
+    """Makes a table once, in its first forward pass, and multiplies by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.table = toys.bert(), None
+
+    def forward(self, **inputs):
+        found = self.inner(**inputs)
+        self.table = torch.ones(4) if self.table is None else self.table
+        found.logits = found.logits * self.table
+        return found
+
+
+def test_what_a_model_keeps_of_scoring_may_be_trained_with():
+    model, batch = Lazy(), batches_of(8, texts(8))[0]
+    toys.score_pool(model, PooledBatches([batch], Padding()), HEAD)
+    model(**batch).logits.sum().backward()
+    assert model.inner.classifier.weight.grad is not None
+
+
 @dataclass
 class OfSize(Presample):
     """Scores a pool of one size in every step, and keeps what it saw."""

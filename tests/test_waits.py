@@ -36,8 +36,9 @@ def test_the_plain_trainer_waits_twice_a_micro_batch(counted, accumulation):
     assert per_step(counted[f"plain, {accumulation}"]) == {"item": 2 * accumulation}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("way", ["off", "history", "auto"])
+@pytest.mark.parametrize(
+    ("way", "accumulation"), [case for case in waits.CASES if case[0] in ("off", "history", "auto")]
+)
 def test_off_and_history_add_no_wait(counted, way, accumulation):
     found = counted[f"{way}, {accumulation}"]
     assert found["drawn"] == {"off": None, "history": "on", "auto": "history"}[way]
@@ -46,8 +47,7 @@ def test_off_and_history_add_no_wait(counted, way, accumulation):
     assert min(found["behind"]) > counted[f"plain, {accumulation}"]["operations"] / STEPS / (2 * accumulation)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("way", ["on", "on, cheapest pool"])
+@pytest.mark.parametrize(("way", "accumulation"), [case for case in waits.CASES if case[0].startswith("on")])
 def test_on_adds_one(counted, way, accumulation):
     found = counted[f"{way}, {accumulation}"]
     assert found["steps_on"] == waits.LAST + 2 - 1

@@ -204,6 +204,8 @@ class Scorer:
             if self.score == "gradient_norm":
                 return _gradient_norms(model, pool, head)
             forward = self._forward(model)
+            # Not inference_mode, which saves a MobileNetV2 1 % of its pass and a BERT nothing (docs/benchmarks.md):
+            # what a model makes once and keeps, such as a table of positions, could be part of no training pass then.
             with torch.no_grad():
                 found = []
                 for batch in pool.chunks(size):

@@ -234,10 +234,11 @@ class Pools:
         rows = []
         with self.report.scoring():
             for batch in visit_batches(self.feed.loader, order, 0, seed, rank, ranks):
-                inputs, index = without_index(self.prepare(batch))
+                inputs, index = without_index(batch)
                 assert index is not None
+                inputs = self.prepare(to_device(inputs, self.clock.device))
                 found = self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)
-                rows.append(torch.stack([index.double().cpu(), found.double().cpu()], 1))
+                rows.append(torch.stack([index.double(), found.double().cpu()], 1))
             index, found = self.ranks.gather(torch.cat(rows)).T.contiguous()
         self.report.add(Totals(examples_scored=share))
         finite = found.isfinite()

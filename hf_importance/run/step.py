@@ -28,8 +28,8 @@ from hf_importance.transfer import Fetched, to_device
 logger = logging.getLogger(__name__)
 
 # Uniform steps in which the loss is held against its head: all of the first, then one of so many; where the logits
-# are few, and it costs next to nothing, all. And one of so many steps by importance; where the logits are few what is
-# found in the others waits on the device for the one behind that.
+# are few, and it costs next to nothing, all. And one of so many steps by importance; what is found stays on the device
+# until the next, whose scores are read, and so does where the logits are few what is found in all others.
 FIRST, EVERY, EVERY_DRAWN = 10, 10, 16
 FEW_LOGITS = 1 << 16
 OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: %s."
@@ -202,8 +202,8 @@ class Watch:
             self._uniform += 1
         else:
             self._drawn += 1
-            step.proves = self._few or self._drawn % EVERY_DRAWN == 0
-            step.judged = step.kind == "visits" or self._drawn % EVERY_DRAWN == 1
+            step.proves = self._few or self._drawn % EVERY_DRAWN == EVERY_DRAWN - 1
+            step.judged = step.kind == "visits" or self._drawn % EVERY_DRAWN == 0  # read when its pool is scored
         if step.judged:
             step.evidence, self._evidence = self._evidence, []
             step.differs, self._differs = self._differs, []

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
 
-FIRST, LAST, EXAMPLES = 16, 24, 64  # of the steps that are counted one, where all are drawn, is judged
+FIRST, LAST, EXAMPLES = 24, 40, 128  # of the steps that are counted one, where all are drawn, is judged
 
 
 class Counts(TrainerCallback):
@@ -32,6 +32,8 @@ def uneven(outputs, labels):
     return 1.0 + 9.0 * (labels == 0).float()
 
 
+CASES = [("plain", 1), ("plain", 2), ("off", 1), ("off", 2), ("on", 1), ("on", 2), ("on, cheapest pool", 2)]
+CASES += [("history", 1), ("history", 2), ("auto", 1)]
 ON = {"importance_method": "presample", "presample_ratio": 3.0, "tau_threshold": 1 + 1e-9, "momentum": 0.0}
 WAYS = {
     "plain": {},
@@ -74,8 +76,8 @@ def main(folder, names):
     import standin
 
     device, found = standin.begin(), {}
-    for way in names or WAYS:
-        for accumulation in (1, 2):
+    for way, accumulation in CASES:
+        if not names or way in names:
             counts = Counts(device)
             # The Trainer's own batches are moved without a wait, so that no wait of ours hides behind theirs.
             pinned = {"use_cpu": False, "dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}}
