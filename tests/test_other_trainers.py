@@ -12,6 +12,7 @@ from test_features import losses, parameters, weighted
 from transformers import (
     DataCollatorForSeq2Seq,
     IntervalStrategy,
+    LlamaForSequenceClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -390,3 +391,31 @@ class TestSFT:
         features.check_on(trainer)
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+class TestReward:
+    pytestmark = OWN_WARNINGS
+
+    def test_a_loss_of_pairs_is_off(self, tmp_path, caplog):
+        trl = pytest.importorskip("trl")
+        texts = [text for text, _ in features.texts()]
+        pairs = Dataset.from_dict({"chosen": texts, "rejected": texts[3:] + texts[:3]})
+        found = []
+        for mixed in (True, False):
+
+            @dataclass
+            class Arguments(*((ImportanceArguments,) if mixed else ()), trl.RewardConfig):
+                pass
+
+            class Trained(*((ImportanceMixin,) if mixed else ()), trl.RewardTrainer):
+                pass
+
+            settings = {"output_dir": str(tmp_path), "max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+            settings |= {"bf16": False, "gradient_checkpointing": False, **QUIET, **(ON if mixed else {})}
+            model = features.small(LlamaForSequenceClassification, features.LlamaConfig, num_labels=1)
+            given = {"model": model, "args": Arguments(**settings), "processing_class": features.tokenizer()}
+            set_seed(0)
+            found.append(Trained(train_dataset=pairs, **given))
+            found[-1].train()
+        assert "no 'labels'" in toys.reason(caplog)
+        toys.same_run(*found)

@@ -23,7 +23,8 @@ def test_it_trains(tmp_path):
         str(tmp_path), max_steps=6, logging_steps=1, report_to="none", use_cpu=True, dataloader_pin_memory=False,
         presample_ratio=3.0, tau_threshold=1.0001, importance_kwargs={"momentum": 0.0}, save_strategy="no",
     )  # fmt: skip
-    trainer = ImportanceTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows))
+    data, uneven = Dataset.from_list(rows), lambda outputs, labels: 1.0 + labels
+    trainer = ImportanceTrainer(model=model, args=args, train_dataset=data, compute_score_func=uneven)
     trainer.train()
     assert trainer.state.global_step == 6
     assert max(entry.get("importance/active_share", 0) for entry in trainer.state.log_history) == 1
