@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import datasets
@@ -48,7 +49,7 @@ class ImportanceMixin(Trainer):
             whole batch. It is what is trained on, in every step. A subclass may define it as a method instead.
         **kwargs: As ``Trainer`` takes them.
 
-    ``sampler`` and ``importance_args``, the fields of :class:`ImportanceArguments`, are attributes too.
+    ``sampler`` and ``importance_args`` are attributes too.
 
     Raises:
         ValueError: Importance sampling could never switch on at the given ``tau_threshold``, both a sampler and a
@@ -133,7 +134,8 @@ class ImportanceMixin(Trainer):
         try:
             if self._run is None:
                 return super().training_step(model, inputs, *args, **kwargs)
-            with self._run.watch.training_on(inputs):
+            around = partial(self._compute_loss, type(self).compute_loss.__get__(self))
+            with self._run.watch.training_on(inputs, vars(self), around):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._run.watch.returned(loss)
             return loss
@@ -148,14 +150,19 @@ class ImportanceMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Compute the loss as ``Trainer`` does, weighted; in training the outputs are scored, too."""
+        return self._compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(
+        self, compute: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         objective, run = self._objective, self._run
         objective.hold_batch_norm(model.training)
 
         def own(model: nn.Module, given: dict[str, Any], wanted: bool) -> Any:
-            return super(ImportanceMixin, self).compute_loss(
-                model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch
-            )
+            return compute(model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch)
 
+        if run is not None and run.watch.within:
+            return own(model, inputs, return_outputs)
         if run is not None and model.training:
             loss, outputs = run.watch.loss(own, model, inputs, return_outputs, num_items_in_batch)
         elif objective.applies(model.training, inputs):

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from hf_importance.checkpoint.schema import COUNT, number
 from hf_importance.objective.loss import Objective
+from hf_importance.objective.proof import describe
+from hf_importance.objective.prove import judge
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed
 from hf_importance.run.pools import NO_ITEMS, figures, figures_of
-from hf_importance.run.step import Step, Watch
+from hf_importance.run.step import WHAT_TO_DO, Step, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler, Scored
 from hf_importance.theory.tau import tau_from_sums
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 _SUM = number(0, 1e300)
+MICRO_BATCHES = 1 << 20  # that a rank's step has at most
+OTHER_LOSS = "the loss is another than the model's head says ({found}). {what}"
 ELSEWHERE = "another rank found what stands in the way, and says what"
 
 
@@ -105,9 +109,11 @@ class Ledger:
         step, seen, own, summed = self.step, None, [], []
         done = step is not None and step.number < self.facts.step()
         if done:
-            step.problem = self.problem or step.complaint(self.watch.own_code)
+            step.problem = self.problem or step.problem
+            past = self.watch.steps_outside(step)
+            step.problem = step.problem if past else step.complaint(self.watch.own_code)
             if self.watch.judges(step):
-                seen, own = self._found(step)
+                seen, own = (None, self._nothing(step, past=1.0)) if past else self._found(step)
             self.problem = step.problem
         adding = counting is not None and self.ranks.averaged > 1
         if own or adding:
@@ -119,13 +125,15 @@ class Ledger:
         return counting
 
     def _found(self, step: Step) -> tuple[Scored | None, list[float]]:
-        """Read what training passes left, and give this rank's figures of it; the last two are the verdict."""
+        """Read what training passes left, and give this rank's figures of it; the last four are the verdict."""
         if step.problem is not None:
-            return None, [*([] if step.kind == "pool" else [0.0] * figures_of(self.sampler, self.table)), 1.0, 0.0]
+            return None, self._nothing(step, against=1.0)
         assert self.objective.scale is not None
         scores, index, items, evidence = step.read()
-        against, proof = self.watch.judge(step, evidence)
-        judged = [max(against, float(step.problem is not None)), proof]
+        against, proof, step.news = judge(evidence, step.evidence, self.objective.weights, step.kind != "visits")
+        if against is not None:
+            step.problem = OTHER_LOSS.format(found=describe(against), what=WHAT_TO_DO)
+        judged = [float(step.problem is not None), float(proof), float(bool(step.news)), 0.0]
         if step.kind == "pool":
             return None, judged
         weights = torch.ones_like(scores)
@@ -139,6 +147,16 @@ class Ledger:
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
         return seen, [*figures(self.sampler, seen), empty, float(items.sum()), float(len(scores)), *judged]
 
+    def _nothing(self, step: Step, against: float = 0.0, past: float = 0.0) -> list[float]:
+        """Give the figures of a step that teaches nothing."""
+        return [
+            *([] if step.kind == "pool" else [0.0] * figures_of(self.sampler, self.table)),
+            against,
+            0.0,
+            0.0,
+            past,
+        ]
+
     def _take_in(self, step: Step, seen: Scored | None, summed: list[float]) -> None:
         before = self.drawing()
         self.state.drawn = step.drawn
@@ -146,15 +164,18 @@ class Ledger:
         assert step.place is not None
         self.feed.state = step.place
         self.report.step(step.drawn)
-        against, proof = summed[-2:] if summed else (0.0, 0.0)
+        against, proof, news, past = summed[-4:] if summed else (0.0,) * 4
         if against > 0 or (step.problem is not None and self.ranks.size == 1):
             self.bar(step.problem)
+        elif past > 0:
+            self.objective.weights.state.outside = True
         else:
             self.state.proven = self.state.proven or proof > 0
             if step.kind == "pool":
                 self._learn(step, step.pool, step.sums)
             elif seen is not None:
-                self._learn(step, seen, summed[:-2])
+                self._learn(step, seen, summed[:-4])
+            self._learn_weights(step, news > 0)
         self.report.add(step.counts)
         self.count_switch(before)
 
@@ -180,6 +201,20 @@ class Ledger:
         if step.kind != "visits":
             self.state.items += items
             self.state.examples += examples
+
+    def _learn_weights(self, step: Step, news: bool) -> None:
+        """Take in what a step told of class weights. All ranks must come to it."""
+        weights = self.objective.weights
+        if news:
+            self.state.proven = False  # with these weights
+            told = [torch.cat([torch.empty((0, 6), dtype=torch.float64), *step.news])]
+            told[0][:, 3] += self.ranks.rank * MICRO_BATCHES
+            if not weights.learn(self.ranks.gather(told[0])):
+                self.bar(OTHER_LOSS.format(found="class weights do not explain it on all ranks", what=WHAT_TO_DO))
+                return
+        if self.table is not None:
+            weights.count(step.labels)
+        self.objective.settle(step.number % max(self.facts.updates, 1), self.facts.updates, step.kind == "batch")
 
     # ---- Switches and the log ----
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import batch_size_of, without_index
+from hf_importance.batches.entries import WEIGHTS, batch_size_of, without_index
 from hf_importance.batches.pool import PooledBatches, keep_own, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.visits import Order, visit_batches
+from hf_importance.objective.class_weights import CUTS
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
@@ -43,6 +44,10 @@ def figures_of(sampler: Sampler, table: Table | None) -> int:
     one = torch.ones(1, dtype=torch.float64)
     seen = Scored(one, None if table is None else torch.zeros(1, dtype=torch.int64), 1, 1, one, (1,))
     return len(figures(sampler, seen)) + 3
+
+
+def _device_of(batch: Any) -> torch.device:
+    return next(value.device for value in batch.values() if isinstance(value, Tensor))
 
 
 @dataclass
@@ -101,10 +106,27 @@ class Pools:
                 )
                 indices += [index for _, index in parts if index is not None]
             step.place = self.feed.where()
+            if step.problem is None and self.objective.weights.known:
+                self._weigh(step, pools, raw)
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
             with self.clock.scoring(lambda: sum(map(len, pools)), share):
                 return self._keep(step, planned, pools, raw, indices, share)
+
+    def _weigh(self, step: Step, pools: list[PooledBatches], raw: list[PooledBatches]) -> None:
+        """Give each example the weight that its class has in a uniform batch, on average."""
+        head, weights = self.objective.head, self.objective.weights
+        assert head is not None
+        for micro, (pool, given_back) in enumerate(zip(pools, raw, strict=True)):
+            labels = torch.cat([head.labels(batch) for batch in pool.batches])
+            generator = self.facts.generator(self.ranks.rank, self.facts.step(), micro, 10)
+            order = torch.stack([torch.randperm(len(labels), generator=generator) for _ in range(CUTS)])
+            counted = weights.in_blocks(labels, pool.sizes[0], order).split(pool.sizes)
+            pool.batches = [{**batch, WEIGHTS: part} for batch, part in zip(pool.batches, counted, strict=True)]
+            if given_back is not pool:
+                moved = zip(given_back.batches, counted, strict=True)
+                given_back.batches = [{**batch, WEIGHTS: part.to(_device_of(batch))} for batch, part in moved]
+            step.labels.append(labels)
 
     def _in_the_way(self, step: Step) -> bool:
         """Whether a rank found, before it scores, that it cannot; where ranks score apart they hear of it later."""

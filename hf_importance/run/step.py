@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_importance.objective.loss import Objective
-from hf_importance.objective.proof import Evidence, describe, verdict
+from hf_importance.objective.proof import Evidence
 from hf_importance.objective.scorer import Scorer, score_outputs
 from hf_importance.reporting.report import Totals
 from hf_importance.run.clock import Clock
@@ -65,6 +65,8 @@ class Step:
         differs: Of each, on the device, whether another was descended; float32, 0 or 1.
         losses: Losses computed in them.
         descended: How often a backward pass began at one of these, or at what was made of it.
+        labels: Where classes have weights, those of examples that were drawn uniformly.
+        news: What was found of class weights, see :meth:`.ClassWeights.learn`.
         problem: What stands in the way of importance sampling, found in this step.
         blocked: Whether a rank found something in its way before anything was drawn; all ranks know.
     """
@@ -90,6 +92,8 @@ class Step:
     differs: list[Tensor] = field(default_factory=list)
     losses: int = 0
     descended: int = 0
+    labels: list[Tensor] = field(default_factory=list)
+    news: list[Tensor] = field(default_factory=list)
     problem: str | None = None
     blocked: bool = False
 
@@ -153,6 +157,7 @@ class Watch:
         scorer: Scores their outputs.
         clock: Times them.
         own_code: Which hooks of the Trainer the user's code overrides, for sentences.
+        overrides: Whether it overrides a ``compute_loss`` that ours may be called around, see :func:`.can_go_around`.
         barred: Why importance sampling is off for good, or None.
     """
 
@@ -160,12 +165,13 @@ class Watch:
     scorer: Scorer
     clock: Clock
     own_code: str
+    overrides: bool = False
     barred: str | None = None
 
     def __post_init__(self) -> None:
         """Nothing is in training."""
         self.step: Step | None = None
-        self._few = True
+        self._few, self.within = True, False
         self._uniform = self._drawn = 0
         self._evidence: list[Evidence] = []  # of steps that were not waited for
         self._differs: list[Tensor] = []
@@ -189,7 +195,8 @@ class Watch:
         """A step begins: see whether its loss is to be proved."""
         self.step = step
         if step.kind == "batch":
-            step.proves = self._few or self._uniform < FIRST or self._uniform % EVERY == 0
+            due = self._uniform < FIRST or self._uniform % EVERY == 0
+            step.proves = self._few or due or self.objective.weights.learning
             self._uniform += 1
         else:
             self._drawn += 1
@@ -207,13 +214,19 @@ class Watch:
         return True
 
     @contextlib.contextmanager
-    def training_on(self, inputs: Any) -> Iterator[None]:
-        """A training step on one micro-batch."""
+    def training_on(self, inputs: Any, attributes: dict[str, Any], around: Callable[..., Any]) -> Iterator[None]:
+        """A training step on one micro-batch; ``around`` stands for the trainer's ``compute_loss`` where it must."""
         if self.step is not None:
             self.step.begun += 1
             self.step.returned.append(None)
-        with self.clock.training_on(inputs):
-            yield
+        attributes |= {"compute_loss": around} if self.outside else {}
+        try:
+            with self.clock.training_on(inputs):
+                yield
+        finally:
+            if attributes.get("compute_loss") is around:
+                del attributes["compute_loss"]
+            self.within = False
 
     def returned(self, loss: Tensor) -> None:
         """See whether what the training step descended is the loss that was computed here."""
@@ -238,6 +251,7 @@ class Watch:
                 return found if wanted else (found, None)
             return objective.loss_without_run(own, model, batch, wanted, num_items)
         step.losses += 1
+        self.within = self.outside  # what the user's code then asks of ours is the Trainer's
         weights, index = step.current
         rows, whole = objective.rows_in(batch), step.rows[step.begun - 1 : step.begun]
         if whole and rows != whole[0]:
@@ -273,17 +287,18 @@ class Watch:
                 raise
             step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
             return
+        if step.kind == "batch" and objective.weights.state.squares:
+            step.labels.append(objective.head.labels(batch))
+            weights = objective.weights.in_batch(step.labels[-1]) if objective.weights.known else None
         step.outputs.append((scores if weights is None else scores * weights, index, items))
 
-    def judge(self, step: Step, found: list[Tensor]) -> tuple[float, float]:
-        """Say whether the evidence of a step speaks against the head, and whether for it; 0 or 1 each.
+    def steps_outside(self, step: Step) -> bool:
+        """Whether the loss of a step was computed past ours, and ours can be called around the user's from now on."""
+        past = step.losses == 0 or step.descended < step.losses
+        once = step.kind == "batch" and step.begun == len(step.micro) == 1 and step.problem is None
+        return past and once and self.overrides and not self.outside
 
-        Args:
-            step: What it is of.
-            found: The figures of its evidence, on the CPU.
-        """
-        judged = [verdict(figures, one.tolerance) for figures, one in zip(found, step.evidence, strict=True)]
-        against = next((figures for figures, (bad, _) in zip(found, judged, strict=True) if bad), None)
-        if against is not None:
-            step.problem = f"the loss is another than the model's head says ({describe(against)}). {WHAT_TO_DO}"
-        return float(against is not None), float(any(good for _, good in judged))
+    @property
+    def outside(self) -> bool:
+        """Whether ours is called around the user's ``compute_loss``."""
+        return self.objective.weights.state.outside and self.barred is None
