@@ -51,6 +51,19 @@ VALID = {
     "clock": {"kappa": 0.2, "training_seconds": 0.01, "overhead": None},
     "table": {"paired": 12, "waiting": 1},
     "loss_over_step": None,
+    "class_weights": {
+        "products": [0.4, 2.0],
+        "squares": [1.0, 0.5],
+        "mean": 1.0,
+        "by_sum": True,
+        "by_count": False,
+        "left": 12,
+        "known": True,
+        "whole": False,
+        "outside": True,
+        "counts": [40.0, 8.0],
+        "recent": [0.0, 0.0],
+    },
     "sampler": {
         "settings": {"name": "Auto", "fresh.ratio": "3.0", "remembered.share": "0.1"},
         "state": {

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from hf_importance.checkpoint.schema import COUNT, integer, listed, number
+from hf_importance.checkpoint.schema import integer, listed, number
 from hf_importance.heads.head import Head
 
 # Batches are cut out of a pool so many times, so that their sums are no noise of their own.
@@ -51,7 +51,6 @@ class WeightState:
     outside: bool = False  # whether ours is called around the user's compute_loss, see Watch
     counts: Annotated[list[float], _SUMS] = field(default_factory=list)  # examples of each class, at the last decision
     recent: Annotated[list[float], _SUMS] = field(default_factory=list)  # since then; in training those of this rank
-    steps: Annotated[int, COUNT] = 0  # in which something new was found
 
 
 class ClassWeights:
@@ -89,8 +88,9 @@ class ClassWeights:
             return True
         state, classes = self.state, int(rows[0, 5])
         if not state.squares:
-            state.products, state.squares = [0.0] * classes, [-1.0] * classes
-        self._on, state.steps = {}, state.steps + 1
+            state.squares = [-1.0] * classes
+            state.products, state.counts, state.recent = ([0.0] * classes for _ in range(3))
+        self._on = {}
         alike = len(state.squares) == classes and bool((rows[:, 5] == classes).all() and (rows[:, 0] < classes).all())
         return alike and all(self._explain(rows[rows[:, 3] == batch]) for batch in rows[:, 3].unique())
 
@@ -147,7 +147,7 @@ class ClassWeights:
             uniform: Whether it was uniform.
         """
         state = self.state
-        if not self.learning:
+        if not self.learning or max(state.squares) <= 0:
             return
         if state.left < 0 and updates:  # the epoch goes from here to its end, or the next one does
             state.left = updates - place + (updates if place else 0)
@@ -242,18 +242,12 @@ class ClassWeights:
         if labels and classes:
             found = torch.cat([part.reshape(-1).cpu().long() for part in labels])
             new = torch.bincount(found[(found >= 0) & (found < classes)], minlength=classes)
-            state.recent = [a + b for a, b in zip(state.recent or [0.0] * classes, new.tolist(), strict=True)]
+            state.recent = [a + b for a, b in zip(state.recent, new.tolist(), strict=True)]
 
     def share_counts(self, recent: list[float]) -> None:
         """Take in what all ranks have counted since it was called last; between visits only."""
-        old = self.state.counts or [0.0] * len(recent)
-        self.state.counts = [a + b for a, b in zip(old, recent, strict=True)]
+        self.state.counts = [a + b for a, b in zip(self.state.counts, recent, strict=True)]
         self.state.recent, self._average = [0.0] * len(recent), None
-
-    @property
-    def recent(self) -> list[float]:
-        """What :meth:`count` counted since :meth:`share_counts`, one number a class."""
-        return self.state.recent or [0.0] * len(self.state.squares)
 
 
 class ClassWeightedHead(Head):

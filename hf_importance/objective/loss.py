@@ -78,7 +78,7 @@ class Objective:
         self.scaled = self.without_labels = False
         self.ranks, self.averaged, self.repairs = ranks, averaged, repairs
         self.takes_items, self._multiplied = takes_items, multiplied
-        self.sharded, self.fused, self._accumulates = sharded, fused, accumulates
+        self.sharded, self.fused, self.accumulates = sharded, fused, accumulates
         self.weights = ClassWeights()
         self._layers = batch_norm_layers(model)
         self._frozen = batch_norm == "frozen"
@@ -259,7 +259,7 @@ class Objective:
         What is drawn then has its scale.
         """
         assert self.scale is not None
-        left = self.ranks > 1 and not self._accumulates and (not self.repairs or self.weights.state.whole)
+        left = self.ranks > 1 and not self.accumulates and (not self.repairs or self.weights.state.whole)
         return left and not self.scale.over_step
 
     def learn_scale(self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Any) -> None:
@@ -273,13 +273,13 @@ class Objective:
         try:
             self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes else None)
         except ValueError:  # class weights, perhaps: the proof tells
-            if self._accumulates or not has_classes(self.head.logits(outputs), batch, self.head):
+            if self.accumulates or not has_classes(self.head.logits(outputs), batch, self.head):
                 raise
             self.weights.state.whole = True
 
     def take_up(self, state: WeightState, rank: int) -> None:
         """Go on with class weights as a checkpoint has them; what ranks have not shared the first one takes."""
-        self.weights = ClassWeights(state if rank == 0 else replace(state, recent=[]))
+        self.weights = ClassWeights(state if rank == 0 else replace(state, recent=[0.0] * len(state.recent)))
         self._score_apart()
 
     def settle(self, place: int, updates: int, uniform: bool) -> None:

@@ -130,7 +130,9 @@ class Ledger:
             return None, self._nothing(step, against=1.0)
         assert self.objective.scale is not None
         scores, index, items, evidence = step.read()
-        against, proof, step.news = judge(evidence, step.evidence, self.objective.weights, step.kind != "visits")
+        # A step of several micro-batches has several sums of weights, and a visit could not be taken back.
+        learns = step.kind != "visits" and not self.objective.accumulates
+        against, proof, step.news = judge(evidence, step.evidence, self.objective.weights, learns)
         if against is not None:
             step.problem = OTHER_LOSS.format(found=describe(against), what=WHAT_TO_DO)
         judged = [float(step.problem is not None), float(proof), float(bool(step.news)), 0.0]

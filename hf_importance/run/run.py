@@ -194,7 +194,7 @@ class Run:
         self.table.exchange()
         weights = self.objective.weights
         if weights.known:
-            weights.share_counts(self.ranks.sum(weights.recent))
+            weights.share_counts(self.ranks.sum(weights.state.recent))
         visits = self.sampler.visits()
         if visits is None and within:
             left, examples = self.facts.micro_batches_left, self.facts.examples

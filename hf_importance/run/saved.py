@@ -137,9 +137,7 @@ def state_of(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "clock": asdict(run.clock.state),
         "table": None if table is None else asdict(table.state),
         "loss_over_step": None if scale is None else scale.over_step,
-        "class_weights": asdict(
-            replace(weights, recent=run.ranks.sum(weights.recent or [0.0] * len(weights.squares)))
-        ),
+        "class_weights": asdict(replace(weights, recent=run.ranks.sum(weights.recent) if weights.recent else [])),
         "sampler": {"settings": _settings_of_sampler(sampler), "state": sampler.state_dict()},
         "settings": settings_of(run),
     }
