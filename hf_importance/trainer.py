@@ -49,7 +49,7 @@ class ImportanceMixin(Trainer):
             whole batch. It is what is trained on, in every step. A subclass may define it as a method instead.
         **kwargs: As ``Trainer`` takes them.
 
-    ``sampler`` and ``importance_args`` are attributes too.
+    ``sampler`` and ``importance_args``, the fields of :class:`ImportanceArguments`, are attributes too.
 
     Raises:
         ValueError: Importance sampling could never switch on at the given ``tau_threshold``, both a sampler and a
@@ -143,12 +143,8 @@ class ImportanceMixin(Trainer):
             self.loss_is_scaled_for_ga = scaled
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss as ``Trainer`` does, weighted; in training the outputs are scored, too."""
         return self._compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
@@ -161,11 +157,10 @@ class ImportanceMixin(Trainer):
         def own(model: nn.Module, given: dict[str, Any], wanted: bool) -> Any:
             return compute(model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch)
 
-        if run is not None and run.watch.within:
-            return own(model, inputs, return_outputs)
-        if run is not None and model.training:
+        within = run is not None and run.watch.within  # called by the user's, around which ours is
+        if run is not None and model.training and not within:
             loss, outputs = run.watch.loss(own, model, inputs, return_outputs, num_items_in_batch)
-        elif objective.applies(model.training, inputs):
+        elif not within and objective.applies(model.training, inputs):
             loss, outputs = objective.loss_without_run(own, model, inputs, return_outputs, num_items_in_batch)
         else:
             return own(model, inputs, return_outputs)

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from hf_importance.batches.entries import WEIGHTS
 from hf_importance.checkpoint.schema import integer, listed, number
 from hf_importance.heads.head import Head
 
@@ -233,6 +234,11 @@ class ClassWeights:
             self._average = size, (self.state.mean * size * weight * integral).float()
         average = self._average[1].to(labels.device)
         return torch.where(labels >= 0, average[labels.clamp(min=0)], 0.0)
+
+    def of_visits(self, head: Head, batch: Mapping[str, Any], size: int) -> dict[str, Any]:
+        """Give a batch of visits, which brings weights, with those of its classes too; see :meth:`on_average`."""
+        counted = self.on_average(head.labels(batch), size)
+        return {**batch, WEIGHTS: batch[WEIGHTS] * counted.to(batch[WEIGHTS].device)}
 
     # ---- Which classes there are ----
 

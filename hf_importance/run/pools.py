@@ -249,6 +249,8 @@ class Pools:
         rows = []
         with self.report.scoring():
             for batch in visit_batches(self.feed.loader, order, 0, seed, rank, ranks):
+                if self.objective.weights.known and self.objective.head is not None:
+                    batch = self.objective.weights.of_visits(self.objective.head, batch, self.facts.batch_size)
                 inputs, index = without_index(self.prepare(batch))
                 assert index is not None
                 found = self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)

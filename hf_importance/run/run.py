@@ -205,8 +205,9 @@ class Run:
 
     def _visit(self, count: int) -> tuple[list, Tensor]:
         handed, weights = self.feed.hand_out(count), self.objective.weights
-        if weights.known:
-            handed.batches = [self._weighed(batch) for batch in handed.batches]
+        head = self.objective.head
+        if weights.known and head is not None:
+            handed.batches = [weights.of_visits(head, batch, self.facts.batch_size) for batch in handed.batches]
         sizes = [len(weights) for weights in handed.weights]
         step = self.ledger.begin(Step(self.facts.step(), "visits", drawn=not self.feed.visiting_uniformly))
         step.place = self.feed.where()
@@ -221,13 +222,6 @@ class Run:
         items = examples * self.ranks.averaged * self.state.items / self.state.examples
         self.objective.step_items = items
         return self._handed((handed.batches, torch.tensor(items, device=self.clock.device)))
-
-    def _weighed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Give a batch of visits with the weights that its classes have in a uniform one, on average."""
-        assert self.objective.head is not None
-        labels = self.objective.head.labels(batch)
-        counted = self.objective.weights.on_average(labels, self.facts.batch_size)
-        return {**batch, WEIGHTS: batch[WEIGHTS] * counted.to(batch[WEIGHTS].device)}
 
     def up_to_date_table(self) -> Table | None:
         """Give the table, if there is one, with all that was found in it; on several ranks as they last exchanged it.

@@ -171,18 +171,12 @@ class Watch:
     def __post_init__(self) -> None:
         """Nothing is in training."""
         self.step: Step | None = None
-        self._few, self.within = True, False
-        self._uniform = self._drawn = 0
+        self._few, self.within, self._uniform, self._drawn = True, False, 0, 0
         self._evidence: list[Evidence] = []  # of steps that were not waited for
         self._differs: list[Tensor] = []
 
     def bar(self, reason: str, speak: bool = True) -> None:
-        """From now on the run is the plain Trainer's. All ranks must come to it.
-
-        Args:
-            reason: What stands in the way, and what to do; a sentence without its end.
-            speak: Whether this rank says so.
-        """
+        """From now on the run is the plain Trainer's, for a reason that this rank says or not. All must come to it."""
         if self.barred is None and speak:
             logger.warning(OFF, reason.removesuffix("."))
         self.barred = self.barred or reason
@@ -224,9 +218,9 @@ class Watch:
             with self.clock.training_on(inputs):
                 yield
         finally:
+            self.within = False
             if attributes.get("compute_loss") is around:
                 del attributes["compute_loss"]
-            self.within = False
 
     def returned(self, loss: Tensor) -> None:
         """See whether what the training step descended is the loss that was computed here."""
@@ -247,8 +241,7 @@ class Watch:
         step, objective = self.step, self.objective
         if objective.head is None or step is None or self.barred is not None:
             if objective.head is None:
-                found = own(model, batch, wanted)
-                return found if wanted else (found, None)
+                return own(model, batch, True) if wanted else (own(model, batch, False), None)
             return objective.loss_without_run(own, model, batch, wanted, num_items)
         step.losses += 1
         self.within = self.outside  # what the user's code then asks of ours is the Trainer's
@@ -294,9 +287,8 @@ class Watch:
 
     def steps_outside(self, step: Step) -> bool:
         """Whether the loss of a step was computed past ours, and ours can be called around the user's from now on."""
-        past = step.losses == 0 or step.descended < step.losses
         once = step.kind == "batch" and step.begun == len(step.micro) == 1 and step.problem is None
-        return past and once and self.overrides and not self.outside
+        return once and step.descended < max(step.losses, 1) and self.overrides and not self.outside
 
     @property
     def outside(self) -> bool:
