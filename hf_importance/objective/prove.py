@@ -123,5 +123,5 @@ def judge(
         elif bad:
             against = figures
         else:
-            proof |= good
+            proof |= good and not weights.learning
     return against, proof, news

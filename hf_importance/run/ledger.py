@@ -209,9 +209,9 @@ class Ledger:
         weights = self.objective.weights
         if news:
             self.state.proven = False  # with these weights
-            told = [torch.cat([torch.empty((0, 6), dtype=torch.float64), *step.news])]
-            told[0][:, 3] += self.ranks.rank * MICRO_BATCHES
-            if not weights.learn(self.ranks.gather(told[0])):
+            told = torch.cat([torch.empty((0, 6), dtype=torch.float64), *step.news])
+            told[:, 3] += self.ranks.rank * MICRO_BATCHES
+            if not weights.learn(self.ranks.gather(told)):
                 self.bar(OTHER_LOSS.format(found="class weights do not explain it on all ranks", what=WHAT_TO_DO))
                 return
         if self.table is not None:
