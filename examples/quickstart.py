@@ -152,6 +152,7 @@ def draw(found: Comparison, logs: dict[tuple[str, int], list[dict]], path: Path)
         right.plot(compute, metric, "o", color=color, alpha=0.4, markeredgewidth=0)
         right.plot(fmean(compute), fmean(metric), "D", color=color, markersize=9, markeredgecolor="white")
     left.set(yscale="log", xlabel="compute (steps of plain training)", ylabel="training loss")
+    left.yaxis.set_major_formatter("{x:g}")
     right.set(xlabel="compute (plain training: 1)", ylabel=found.metric.removeprefix("eval_").replace("_", " "))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
