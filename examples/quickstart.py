@@ -8,7 +8,16 @@ steps, and with the batch, that cost what importance sampling did. Three seeds, 
     python examples/quickstart.py --model bert-base-uncased --dataset rotten_tomatoes
     python examples/quickstart.py --model path/to/model --dataset path/to/folder_with_train_and_test_parquet
 
-RESULTS
+Measured on 2 busy CPU cores, of which it uses one (torch 2.13.0, transformers 5.23.0), 49 s of processor time in all::
+
+                steps  batch_size  compute  seconds            loss             error
+    plain         500          32     1.00      9.0  0.2077 ± 0.022  0.06034 ± 0.0025
+    importance    500          32     0.79     15.8  0.2029 ± 0.028   0.0596 ± 0.0058
+    short         394          32     0.79      7.3  0.1982 ± 0.023  0.06034 ± 0.0046
+    small         500        25.3     0.79      8.4  0.2032 ± 0.024  0.06402 ± 0.0066
+
+A fifth less compute at the same test error, which fewer plain steps give too: no difference, says its last sentence.
+In seconds it loses, for the steps of a model this small are mostly overhead.
 """
 
 from dataclasses import dataclass, field, replace
