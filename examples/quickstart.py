@@ -8,7 +8,16 @@ steps, and with the batch, that cost what importance sampling did. Three seeds, 
     python examples/quickstart.py --model bert-base-uncased --dataset rotten_tomatoes
     python examples/quickstart.py --model path/to/model --dataset path/to/folder_with_train_and_test_parquet
 
-RESULTS
+Measured on 2 busy CPU cores, of which it uses one (torch 2.13.0, transformers 5.23.0), 49 s of processor time in all::
+
+                steps  batch_size  compute  seconds            loss             error
+    plain         500          32     1.00      9.0  0.2077 ± 0.022  0.06034 ± 0.0025
+    importance    500          32     0.79     15.8  0.2029 ± 0.028   0.0596 ± 0.0058
+    short         394          32     0.79      7.3  0.1982 ± 0.023  0.06034 ± 0.0046
+    small         500        25.3     0.79      8.4  0.2032 ± 0.024  0.06402 ± 0.0066
+
+A fifth less compute at the same test error, which fewer plain steps give too: no difference, says its last sentence.
+In seconds it loses, for the steps of a model this small are mostly overhead.
 """
 
 from dataclasses import dataclass, field, replace
@@ -41,9 +50,8 @@ DEFAULTS = {
 # A forward pass is a third of the arithmetic of a training step. It is said, not measured, so that every machine
 # prints the same; in seconds a model this small gains nothing, for its steps are mostly overhead.
 DIGITS_DEFAULTS = DEFAULTS | {
-    "max_steps": 250,
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 64,
+    "max_steps": 500,
+    "learning_rate": 3e-3,
     "importance_kwargs": {"kappa": 1 / 3},
 }
 LABELS = {
@@ -86,9 +94,9 @@ def load_own_task(task: Task, args: ImportanceTrainingArguments):
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
     examples = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
-    train, test = train_test_split(examples, train_size=1344, random_state=0, stratify=labels)  # 21 full batches
+    train, test = train_test_split(examples, train_size=1344, random_state=0, stratify=labels)  # 42 full batches
     set_seed(args.seed)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=5, **sizes))
     args = replace(args, max_steps=task.pretraining_steps, report_to="none")
     quiet(Trainer(model, args, train_dataset=[example for example in train if example["labels"] < 5])).train()
@@ -152,6 +160,7 @@ def draw(found: Comparison, logs: dict[tuple[str, int], list[dict]], path: Path)
         right.plot(compute, metric, "o", color=color, alpha=0.4, markeredgewidth=0)
         right.plot(fmean(compute), fmean(metric), "D", color=color, markersize=9, markeredgecolor="white")
     left.set(yscale="log", xlabel="compute (steps of plain training)", ylabel="training loss")
+    left.yaxis.set_major_formatter("{x:g}")
     right.set(xlabel="compute (plain training: 1)", ylabel=found.metric.removeprefix("eval_").replace("_", " "))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -110,7 +110,7 @@ class Comparison:
         against = f"than plain training with {how}, at {compute:.0%} of the compute of plain training in full"
         size = f"{self._amount(abs(mean))} {'better' if mean > 0 else 'worse'}"
         if half is None:
-            return f"{size} at equal compute {against}; of one seed, so there is no interval: give --seeds."
+            return f"{size} at equal compute {against}; of one seed, so there is no interval."
         spread = f"±{self._amount(half).split()[0]}, 95 % over {len(differences)} seeds"
         if abs(mean) <= half:
             return f"no difference at equal compute: {size} ({spread}) {against}."

@@ -162,15 +162,3 @@ def test_batch_norm_never_normalises_by_a_handful(tmp_path, digits, policy, fewe
     trainer = Sizes(model=toys.resnet(), args=args, train_dataset=data, compute_score_func=one)
     trainer.train()
     assert min(trainer.kept) in (fewest, fewest + 1)  # the margin is rounded up
-
-
-def test_presampling_tolerates_two_percent_before_it_goes_off(tmp_path, digits):
-    args = toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, kappa=0.2, max_steps=2)
-    trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(128)))
-    prices, found = iter([1.01, 0.99, 1.01, 1.03, 1.01]), []
-    assert not trainer.sampler.active
-    trainer.sampler.price = lambda: next(prices)
-    for _ in range(5):
-        trainer.sampler.learn(2.0, [])
-        found.append(trainer.sampler.active)
-    assert found == [False, True, True, False, False]

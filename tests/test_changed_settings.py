@@ -105,9 +105,9 @@ def test_the_reserve_goes_on_behind_the_pools_that_were_drawn(old, new, position
         return Feed(loader, ALONE, Padding(), 7, batch, 1, 1, None, lambda: 0, Population(200))
 
     before, after = reserve(old[1]), reserve(new[1])
-    before.rest_of(pool(*old), iter(()))
+    before.rest_of(pool(*old), 1, iter(()))
     after.load(dataclasses.replace(before.where(), reserve=position), {}, False, "")
-    found = after.rest_of(pool(*new), iter(()))
+    found = after.rest_of(pool(*new), 1, iter(()))
     sizes = reserve_sizes(new[1], math.ceil(new[0] * new[1]), 200)
     assert after.where().reserve == expected + len(sizes)
     whole = ReserveDataset(after.loader.dataset, default_collate, sizes, 7, 0)

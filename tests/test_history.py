@@ -222,7 +222,8 @@ def test_what_was_only_scored_is_remembered_and_no_visit():
 
 def facts(table: Table, **known) -> Facts:
     """What a sampler knows of a run with this table; what is not given it does not ask for."""
-    return Facts(**{**dict.fromkeys(Facts.__dataclass_fields__), "table": table, **known})
+    given = {"table": table, "gathered": 1, "fewest": 1, "step": lambda: 0, "steps": lambda: 10_000, **known}
+    return Facts(**{**dict.fromkeys(Facts.__dataclass_fields__), **given})
 
 
 def visits(half: int):

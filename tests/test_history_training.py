@@ -121,11 +121,9 @@ def test_steps_are_spread_evenly(saving):
     assert min(sizes) >= 4
 
 
-def test_the_saving_is_said_at_the_end(tmp_path, caplog):
-    with caplog.at_level("INFO", "hf_importance"):
-        trainer = train(tmp_path, max_steps=STEPS)
-    assert f"Trained on {EXAMPLES} examples where uniform sampling takes {EXAMPLES} (100.0%)" in caplog.text
-    assert trainer.state.global_step == STEPS
+def test_how_it_went_is_said_at_the_end(tmp_path, capsys):
+    train(tmp_path, max_steps=STEPS)
+    assert f"Importance sampling: never on in {STEPS} steps" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, saving):

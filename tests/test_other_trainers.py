@@ -25,7 +25,7 @@ from hf_importance.batches.pool import Padding, PooledBatches
 # peft's and TRL's own: they still say gradient_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-ON = {"tau_threshold": 1 + 1e-9, "importance_kwargs": {"momentum": 0.0}}
+ON = {"tau_threshold": 1 + 1e-9, "importance_kwargs": {"momentum": 0.0}, "importance_log": "all"}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
 
 

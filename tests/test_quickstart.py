@@ -74,12 +74,12 @@ def image_task(folder):
 
 def test_it_prints_all_sides_a_verdict_and_how_the_run_went_and_writes_where_it_says(tmp_path):
     output, table, stderr = quickstart(tmp_path / "here", "--pretraining_steps", "5", *SHORT)
-    assert table["plain"][:3] == [12, 64, 1]
+    assert table["plain"][:3] == [12, 32, 1]
     (on,) = re.findall(r"Importance sampling: on in (\d+) of 12 steps", output)
     compute = 1 + int(on) * 3 * 0.25 / 12  # a pool of three batches is scored at a quarter each
-    assert table["importance"][:3] == [12, 64, pytest.approx(compute, abs=0.01)]
-    assert table["short"][:2] == [round(12 * compute), 64]
-    assert table["small"][:2] == [12, round(64 * compute)]
+    assert table["importance"][:3] == [12, 32, pytest.approx(compute, abs=0.01)]
+    assert table["short"][:2] == [round(12 * compute), 32]
+    assert table["small"][:2] == [12, round(32 * compute)]
     assert "Verdict, by eval_error: " in output and "of one seed, so there is no interval" in output
     assert "IS on (τ 1." in stderr  # in the progress bar
     folder = tmp_path / "here" / "runs" / "quickstart"

@@ -204,7 +204,7 @@ def test_help_lists_the_choices_and_refuses_others(tmp_path, capsys):
         "presample,history,auto,observe",
         "upper_bound,loss",
         "untouched,frozen",
-        "bf16,fp16,fp32",
+        "bf16,fp16,fp32,auto",
         "basic,all",
     ):
         assert f"{{{choices}}}" in shown

@@ -16,6 +16,7 @@ from hf_importance import Pool, Presample
 from hf_importance.batches.pool import Padding
 from hf_importance.heads.choose import head_of
 from hf_importance.objective.loss import Objective
+from hf_importance.objective.precision import Precision
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report
@@ -93,12 +94,20 @@ class Rank:
             generator=lambda *key: torch.Generator().manual_seed(sum(key)),
         )
         sampler.begin(known)
-        reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None, by_length=lambda rest: rest)
-        reserve.rest_of = lambda planned, iterator: self.parts[1:]
+        reserve = SimpleNamespace(padding=Padding(), streaming=False, where=lambda: None, in_passes=lambda rest: rest)
+        reserve.rest_of = lambda planned, count, iterator: self.parts[1:]
         clock, report = Clock(torch.device("cpu"), self.ranks), Report(lambda values: values)
         scorer = Scorer(lambda: model, self.objective.head)
         ours = (self.objective, reserve, self.ranks, clock, known, report)
-        self.pools = Pools(sampler, scorer, *ours, prepare=lambda batch: batch, prepares=False, waits_in_passes=False)
+        self.pools = Pools(
+            sampler,
+            scorer,
+            *ours,
+            prepare=lambda batch: batch,
+            precision=Precision(scorer, self.ranks, torch.device("cpu"), None),
+            prepares=False,
+            waits_in_passes=False,
+        )
 
     def step(self, totals=None):
         """Give the gradient of one importance step; the sums over ranks are ``totals``, its own where None."""
