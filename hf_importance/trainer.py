@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import datasets
@@ -52,9 +53,8 @@ class ImportanceMixin(Trainer):
     ``sampler`` and ``importance_args``, the fields of :class:`ImportanceArguments`, are attributes too.
 
     Raises:
-        ValueError: Importance sampling could never switch on at the given ``tau_threshold``, both a sampler and a
-            method were given, or a value is out of range. What the model, the loss, the loader or the batches are is
-            never an error: then it is off, the run is the plain Trainer's, and one warning says why.
+        ValueError: It could never switch on at this ``tau_threshold``, both a sampler and a method were given, or a
+            value is out of range. What model, loss, loader or batches are is none: then it is off, and one warning.
     """
 
     def __init__(
@@ -135,30 +135,31 @@ class ImportanceMixin(Trainer):
                 return super().training_step(model, inputs, *args, **kwargs)
             if self._run.watch.leaves_out():
                 return torch.zeros((), device=self.args.device)
-            with self._run.watch.training_on(inputs):
+            around = partial(self._compute_loss, type(self).compute_loss.__get__(self))
+            with self._run.watch.training_on(inputs, vars(self), around):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._run.watch.returned(loss)
             return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss as ``Trainer`` does, weighted; in training the outputs are scored, too."""
+        return self._compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(
+        self, compute: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         objective, run = self._objective, self._run
         objective.hold_batch_norm(model.training)
 
         def own(model: nn.Module, given: dict[str, Any], wanted: bool) -> Any:
-            return super(ImportanceMixin, self).compute_loss(
-                model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch
-            )
+            return compute(model, given, return_outputs=wanted, num_items_in_batch=num_items_in_batch)
 
-        if run is not None and model.training:
+        within = run is not None and run.watch.within  # called by the user's, around which ours is
+        if run is not None and model.training and not within:
             loss, outputs = run.watch.loss(own, model, inputs, return_outputs, num_items_in_batch)
-        elif objective.applies(model.training, inputs):
+        elif not within and objective.applies(model.training, inputs):
             loss, outputs = objective.loss_without_run(own, model, inputs, return_outputs, num_items_in_batch)
         else:
             return own(model, inputs, return_outputs)

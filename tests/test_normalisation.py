@@ -140,7 +140,8 @@ def test_a_loss_that_is_no_plain_mean_is_the_plain_trainers(tmp_path, caplog, ac
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
             outputs = super().forward(input_ids, attention_mask)
             weight = torch.tensor([1.0, 5.0, 1.0, 1.0])
-            outputs.loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight) * 1.5
+            found = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight, label_smoothing=0.1)
+            outputs.loss = found * 1.5
             return outputs
 
     def model():
@@ -149,6 +150,8 @@ def test_a_loss_that_is_no_plain_mean_is_the_plain_trainers(tmp_path, caplog, ac
 
     settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation}
     reason = r"the loss of the first batch is .*class weights.*importance_sampling=False"
+    if accumulation == 1:  # class weights alone would be learnt
+        reason = r"the loss is another than the model's head says \(its gradient .*importance_sampling=False"
     toys.check_off(caplog, reason, model, toys.arguments(tmp_path, **settings), toys.sentences())
     args = toys.arguments(tmp_path, importance_sampling=False, **settings)
     ours, plain = (toys.run(kind, model(), args, toys.sentences()) for kind in (ImportanceTrainer, Trainer))

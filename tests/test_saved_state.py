@@ -62,6 +62,19 @@ VALID = {
     },
     "table": {"paired": 12, "waiting": 1},
     "loss_over_step": None,
+    "class_weights": {
+        "products": [0.4, 2.0],
+        "squares": [1.0, 0.5],
+        "mean": 1.0,
+        "by_sum": True,
+        "by_count": False,
+        "left": 12,
+        "known": True,
+        "whole": False,
+        "outside": True,
+        "counts": [40.0, 8.0],
+        "recent": [0.0, 0.0],
+    },
     "sampler": {
         "settings": {"name": "Auto", "fresh.ratio": "3.0", "remembered.share": "0.1"},
         "state": {
@@ -160,10 +173,11 @@ def test_any_bytes_in_place_of_the_file_are_taken_up_or_refused(tmp_path, conten
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 7, r"version 7, and this package knows versions up to 2; a newer hf_importance"),
-        (("version",), 1, r"version 1, that of an earlier hf_importance, and this one reads version 2 only"),
-        (("version",), "2", r"version must be an integer from 2 to 2, but it is '2'"),
-        (("version",), True, r"version must be an integer from 2 to 2, but it is True"),
+        (("version",), 7, r"version 7, and this package knows versions up to 3; a newer hf_importance"),
+        (("version",), 1, r"version 1, that of an earlier hf_importance, and this one reads version 3 only"),
+        (("version",), 2, r"version 2, that of an earlier hf_importance, and this one reads version 3 only"),
+        (("version",), "3", r"version must be an integer from 3 to 3, but it is '3'"),
+        (("version",), True, r"version must be an integer from 3 to 3, but it is True"),
         (("run", "tau"), float("nan"), r"run.tau must be a number from 0.999999 to 1e\+09, but it is nan"),
         (("run", "tau"), 1e308, r"run.tau must be a number"),
         (("run", "drawn"), 1, r"run.drawn must be true or false, but it is 1"),

@@ -68,9 +68,16 @@ class Composition:
     seed: int
 
     @property
+    def weighs(self):
+        """Whether the loss has class weights."""
+        return self.weights or self.override == "class weights"
+
+    @property
     def right(self):
         """Whether importance sampling may be on; None: it depends on what the sampler chooses to do."""
-        wrong_loss = self.weights or self.override in ("class weights", "added term") or self.label != "labels"
+        wrong_loss = self.override == "added term" or self.label != "labels"
+        # Of several micro-batches class weights are off; of one they are learnt, where the script lets them.
+        wrong_loss |= self.weighs and self.accumulation > 1
         # How a mean over each micro-batch becomes one over the step is left to who overrides the loss.
         left = self.accumulation > 1 and self.override != "none" and self.model is Plainly
         # What the user's loader makes is known by its examples only where it is made of what we give it.
@@ -79,8 +86,9 @@ class Composition:
         if not self.sampling or wrong_loss or left or ordered:
             return False
         if self.collator in ("whole", "ragged"):  # rows cannot be taken out of these batches, but whole ones can
-            return {"presample": False, "history": True, "auto": None}[self.method]
-        return True
+            found = {"presample": False, "history": True, "auto": None}[self.method]
+            return None if self.weighs and found else found
+        return None if self.weighs else True
 
 
 COMPOSITIONS = st.builds(
@@ -209,11 +217,26 @@ def script(composition):
 def check_draws(ours, composition, shares):
     """What was drawn is what the user's loader may give, with the mean gradient of that."""
     wanted = wanted_shares(composition.sampler)
+    if composition.weighs:
+        check_mean(ours.gradients[ours.drawn], weighed_gradient(composition, wanted), deviations=8)
+        return
     rows = torch.stack([ours.trainer.shares[step] for step in ours.drawn.nonzero().flatten().tolist()])
     assert (rows[:, wanted == 0] == 0).all(), "a row was trained on that the loader never gives"
     shares[composition.sampler].append(torch.zeros(len(rows), CLASSES).index_add_(1, LABELS, rows))
     # The noise of few steps is itself known by halves, and there are many compositions.
     check_mean(ours.gradients[ours.drawn], drawn_gradient(wanted), deviations=8)
+
+
+def weighed_gradient(composition, wanted):
+    """Give the mean gradient of the plain Trainer's batches, by very many of them."""
+    generator, size = torch.Generator().manual_seed(1), composition.batch_size
+    again = composition.sampler == "weighted"
+    order = torch.stack([torch.multinomial(wanted, size, again, generator=generator) for _ in range(5000)])
+    weight = RARE[LABELS[order]]
+    counting = composition.override != "class weights" and composition.model is Counts
+    given = (weight / (size if counting else weight.sum(1, keepdim=True))).flatten()
+    counted = torch.zeros(EXAMPLES).index_add(0, order.flatten(), given) / len(order)
+    return drawn_gradient(counted)
 
 
 def wanted_shares(sampler):

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_importance.checkpoint.schema import Schema, check, shortened
 
-VERSION = 2
+VERSION = 3
 TENSORS_NAME = "importance_history.safetensors"
 
 

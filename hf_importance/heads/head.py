@@ -99,3 +99,12 @@ def logits_of(outputs: Any, name: str = "logits", position: int = 0) -> Tensor:
             "docs/heads.md for the tasks that are known, and for how to pass a compute_loss_func for others."
         )
     return entries[0]
+
+
+def with_loss(outputs: Any, loss: Tensor) -> Any:
+    """Give outputs with a loss in front, as a model gives them that was called with its labels."""
+    if isinstance(outputs, Mapping):
+        kind = type(outputs)
+        knows = "loss" in getattr(kind, "__dataclass_fields__", ("loss",))
+        return kind(**{**outputs, "loss": loss}) if knows else outputs
+    return (loss, *([outputs] if isinstance(outputs, Tensor) else outputs))

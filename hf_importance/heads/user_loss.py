@@ -24,9 +24,13 @@ class FunctionHead(Head):
     Args:
         loss_func: ``compute_loss_func(outputs, labels, num_items_in_batch)``, as ``Trainer`` takes it.
         shift: Whether ``Trainer`` leaves out the first label of each row when it counts ``num_items_in_batch``.
+
+    Attributes:
+        apart: Whether an example is scored by its own loss alone, for in that of a batch its class has a weight.
     """
 
     cheap = False
+    apart = False
 
     def __init__(self, loss_func: Callable[..., Tensor], shift: bool = False) -> None:
         self.loss_func = loss_func
@@ -55,7 +59,9 @@ class FunctionHead(Head):
 
         def loss(leaf: Tensor) -> Tensor:
             replaced = _map_tensors(outputs, lambda value: leaf if value is logits else value.detach())
-            return self.loss_func(replaced, labels, num_items_in_batch=1)
+            return (
+                self.losses(replaced, inputs) if self.apart else self.loss_func(replaced, labels, num_items_in_batch=1)
+            )
 
         return scores.logit_gradient_norm(loss, logits)
 

@@ -6,7 +6,8 @@ It knows a model and how its loss splits by example; it knows no run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_importance.batches.entries import WEIGHTS, batch_size_of
-from hf_importance.batches.random import isolated_rng
-from hf_importance.heads.head import Head
+from hf_importance.heads.class_weights import ClassWeights, WeightState
+from hf_importance.heads.head import Head, with_loss
+from hf_importance.heads.user_loss import FunctionHead
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
 from hf_importance.objective.fused import FusedLoss
-from hf_importance.objective.proof import COARSE, Evidence, compare, compare_values
+from hf_importance.objective.proof import Evidence, has_classes
+from hf_importance.objective.prove import evidence_apart, evidence_of, without_graph
 from hf_importance.objective.scale import LossScale
-from hf_importance.objective.scorer import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,10 @@ class Objective:
             code computes or scales the loss.
         sharded: Whether parameters are whole only inside the wrapped model's forward.
         fused: Gives the loss of a trainer that is known to compute it without making logits, else None.
+        accumulates: Whether an optimizer step has several micro-batches.
 
     Attributes:
+        weights: Class weights of the loss, as far as they are known.
         step_items: Items of the optimizer step in progress, over all ranks; None where each micro-batch is a step of
             its own.
         scaled: Whether the last loss was brought to a mean over the step.
@@ -67,19 +71,20 @@ class Objective:
         repairs: bool,
         sharded: bool,
         fused: FusedLoss | None = None,
+        accumulates: bool = True,
     ) -> None:
         self.head = head
         self.scale = None if head is None else LossScale(head, shifts_labels)
         self.step_items: Tensor | float | None = None
         self.scaled = self.without_labels = False
         self.ranks, self.averaged, self.repairs = ranks, averaged, repairs
-        self._takes_items, self._multiplied = takes_items, multiplied
-        self._sharded, self.fused = sharded, fused
+        self.takes_items, self._multiplied = takes_items, multiplied
+        self.sharded, self.fused, self.accumulates = sharded, fused, accumulates
+        self.weights = ClassWeights()
         self._layers = batch_norm_layers(model)
         self._frozen = batch_norm == "frozen"
         if self._layers:
-            meaning = _BATCH_NORM_MEANING[batch_norm]
-            kind = type(model).__name__
+            meaning, kind = _BATCH_NORM_MEANING[batch_norm], type(model).__name__
             logger.info("%s has %d BatchNorm layers: batch_norm=%r, %s.", kind, len(self._layers), batch_norm, meaning)
 
     @property
@@ -171,7 +176,7 @@ class Objective:
             found = self._own(own, model, batch, wanted or prove or self._learns_scale(model))
             loss, outputs = found if isinstance(found, tuple) else (found, None)
             try:
-                evidence = self._evidence(own, model, batch, loss, outputs, num_items) if prove else None
+                evidence = evidence_of(self, own, model, batch, loss, outputs, num_items) if prove else None
                 return self._normalised(loss, outputs, batch, num_items, model), outputs, evidence
             except Exception as error:  # what a model, a loss or a batch is never stops a run: it is said once
                 if should_reduce_batch_size(error):  # out of memory, which auto_find_batch_size waits for
@@ -182,17 +187,17 @@ class Objective:
             # One forward pass gives both losses; only the weighted one is descended.
             plain, outputs = self._own(own, model, {n: v for n, v in batch.items() if n != WEIGHTS}, True)
             try:
-                evidence = self._evidence(own, model, batch, plain, outputs, num_items)
+                evidence = evidence_of(self, own, model, batch, plain, outputs, num_items)
             except Exception as error:  # as above
                 evidence = f"{error}"
-        if not prove or computes or self._without_graph(outputs):
+        if not prove or computes or without_graph(self.head, outputs):
             outputs, self.without_labels = model(**self.head.model_inputs(batch)), True
         given = batch.get(WEIGHTS)
         weights = given if weights is None else weights if given is None else weights * given
-        loss = self._weighted(model, batch, outputs, weights)
+        loss = self._weighted(model, batch, outputs, weights, num_items)
         if prove and computes:
             try:
-                evidence = self._apart(outputs, batch)
+                evidence = evidence_apart(self.head, outputs, batch)
             except Exception as error:
                 evidence = f"{error}"
         return loss, outputs, evidence
@@ -205,7 +210,9 @@ class Objective:
         assert self.scale is not None
         return model.training and self.step_items is not None and self.scale.over_step is None
 
-    def _weighted(self, model: nn.Module, batch: dict[str, Any], outputs: Any, weights: Tensor | None) -> Tensor:
+    def _weighted(
+        self, model: nn.Module, batch: dict[str, Any], outputs: Any, weights: Tensor | None, num_items: Any
+    ) -> Tensor:
         assert self.head is not None and self.scale is not None
         losses = self.head.losses(outputs, batch)
         total = losses.sum() if weights is None else (weights * losses).sum()
@@ -215,6 +222,8 @@ class Objective:
             return loss if auxiliary is None else loss + auxiliary
         self.scaled = True
         loss = total / self.step_items * self.averaged
+        if self._untouched and not self.head.computes:
+            loss = loss * self.multiplied_by(num_items)
         if auxiliary is not None:
             # As often as the uniform step adds it, so that switching does not change its weight.
             loss = loss + self.scale.rescale(auxiliary * self.averaged, batch, self.step_items, ranks=1)
@@ -227,62 +236,60 @@ class Objective:
         assert self.scale is not None
         if not model.training or self.step_items is None:
             return loss
-        # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
-        takes_items = num_items is not None and self._takes_items
-        multiplied = self._multiplied if takes_items else 1
-        if self.scale.over_step is None:
-            self.scale.learn(loss.detach() / multiplied, outputs, batch, num_items if takes_items else None)
+        if self.scale.over_step is None and not self.weights.state.whole:
+            self.ask_scale(self.scale.learn, loss, outputs, batch, num_items)
+        if self._untouched:
+            return loss
         if not self.scale.over_step and not self.repairs:
             raise ValueError(
                 "this loss is a mean over each micro-batch, and how it is brought to one over the optimizer step is "
                 "left to your own code"
             )
         self.scaled = not self.scale.over_step
-        return self.scale.rescale(loss, batch, self.step_items, self.averaged / multiplied)
+        # The Trainer has multiplied by the number of ranks already where it gave the model the count over all of them.
+        return self.scale.rescale(loss, batch, self.step_items, self.averaged / self.multiplied_by(num_items))
 
-    def _evidence(
-        self, own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], loss: Tensor, outputs: Any, items: Any
-    ) -> Evidence | None:
-        """Compare a loss that the Trainer, the model or the user computed with what the head says."""
+    def multiplied_by(self, num_items: Any) -> int:
+        """Give what the Trainer multiplies a loss by that is given such a count."""
+        return self._multiplied if self.takes_items and num_items is not None else 1
+
+    @property
+    def _untouched(self) -> bool:
+        """Whether a uniform step is left as the plain Trainer's on several ranks, each with one micro-batch.
+
+        What is drawn then has its scale.
+        """
+        assert self.scale is not None
+        left = self.ranks > 1 and not self.accumulates and (not self.repairs or self.weights.state.whole)
+        return left and not self.scale.over_step
+
+    def ask_scale(
+        self, ask: Callable[..., Any], loss: Tensor, outputs: Any, batch: dict[str, Any], num_items: Any
+    ) -> Any:
+        """Find what a model's own loss is a mean over, by :meth:`.LossScale.learn` or :meth:`.LossScale.divisor`.
+
+        Raises:
+            ValueError: The losses of the examples have another mean, and no class weights can be why.
+        """
         assert self.head is not None and self.scale is not None
-        if self.fused and self._without_graph(outputs):
-            return compare_values(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
-        found = compare(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
-        if found is None and not self._sharded and not self._without_graph(outputs):
-            # A compiled model gives a loss that is no function of its logits: look at the model itself, apart.
-            eager = getattr(model, "_orig_mod", getattr(model, "module", model))
-            with isolated_rng(0), evaluation_mode(eager), torch.enable_grad():
-                loss, outputs = own(eager, dict(batch), True)
-                found = compare(loss, outputs, batch, self.head, self._divisor(batch, items, loss, outputs))
-        if found is None:
-            raise ValueError("its loss is no function of the logits that it returns")
-        return found
+        multiplied, takes = self.multiplied_by(num_items), num_items is not None and self.takes_items
+        try:
+            return ask(loss.detach() / multiplied, outputs, batch, num_items if takes else None)
+        except ValueError:  # class weights, perhaps: the proof tells
+            if self.accumulates or not has_classes(self.head.logits(outputs), batch, self.head):
+                raise
+            self.weights.state.whole = True
+            return self.head.items(batch)
 
-    def _without_graph(self, outputs: Any) -> bool:
-        """Whether outputs were made apart from the loss, without gradients."""
-        assert self.head is not None
-        return not any(part.requires_grad for part in self.head.logits(outputs))
+    def take_up(self, state: WeightState, rank: int) -> None:
+        """Go on with class weights as a checkpoint has them; what ranks have not shared the first one takes."""
+        self.weights = ClassWeights(state if rank == 0 else replace(state, recent=[0.0] * len(state.recent)))
+        self.score_apart()
 
-    def _divisor(self, batch: dict[str, Any], num_items: Any, loss: Tensor, outputs: Any) -> Any:
-        """Give what a loss is divided by, over what the Trainer has multiplied it by."""
-        assert self.head is not None and self.scale is not None
-        takes_items = num_items is not None and self._takes_items
-        multiplied = self._multiplied if takes_items else 1
-        if not takes_items:
-            return self.head.items(batch) / multiplied
-        return self.scale.divisor(loss.detach() / multiplied, outputs, batch, num_items) / multiplied
-
-    def _apart(self, outputs: Any, batch: dict[str, Any]) -> Evidence:
-        """See whether the loss that a user gives for an example depends on the others of its batch."""
-        assert self.head is not None
-        (logits,) = self.head.logits(outputs)
-        losses = self.head.losses(outputs, batch)
-        (found,) = torch.autograd.grad(losses[0], logits, retain_graph=True)
-        with torch.no_grad():
-            rows = found.reshape(len(found), -1).norm(dim=1).double()
-            rest = rows[1:].sum() / rows.sum().clamp(min=1e-300)
-            one = torch.ones_like(rest)
-        return Evidence(torch.stack([one, one, rest, 0 * rest, one]).float(), COARSE)
+    def score_apart(self) -> None:
+        """Where class weights are known, a user's function scores each example by its own loss alone."""
+        if isinstance(self.head, FunctionHead):
+            self.head.apart = self.weights.known
 
     def leave_to_trainer(self) -> None:
         """From now on the loss is the plain Trainer's."""
@@ -290,10 +297,4 @@ class Objective:
 
     def completed(self, outputs: Any, loss: Tensor) -> Any:
         """Give outputs as the model gives them with labels, the loss in front, where it was called without any."""
-        if not self.without_labels:
-            return outputs
-        if isinstance(outputs, Mapping):
-            kind = type(outputs)
-            knows = "loss" in getattr(kind, "__dataclass_fields__", ("loss",))
-            return kind(**{**outputs, "loss": loss}) if knows else outputs
-        return (loss, *([outputs] if isinstance(outputs, Tensor) else outputs))
+        return with_loss(outputs, loss) if self.without_labels else outputs

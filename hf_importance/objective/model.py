@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,31 @@ def overridden(trainer: Trainer, ours: type) -> tuple[list[str], list[str]]:
     return above, [name for name in hooks if any(name in vars(kind) for kind in below)]
 
 
+def can_go_around(trainer: Trainer, above: list[str]) -> bool:
+    """Whether a user's ``compute_loss`` is all that computes the loss, and can be asked for the outputs.
+
+    Args:
+        trainer: Its class is looked at.
+        above: The first part of :func:`overridden`.
+    """
+    taken = inspect.signature(type(trainer).compute_loss).parameters
+    asked = "return_outputs" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
+    alone = "compute_loss" in above and "training_step" not in above and "compute_loss" not in vars(trainer)
+    return asked and alone
+
+
+@contextlib.contextmanager
+def standing_in(attributes: dict[str, Any], name: str, value: Any, wanted: bool) -> Iterator[None]:
+    """Let an attribute of an instance stand for its class's for a while, where that is wanted."""
+    if wanted:
+        attributes[name] = value
+    try:
+        yield
+    finally:
+        if wanted:
+            del attributes[name]
+
+
 def objective_of(
     trainer: Trainer, settings: ImportanceArguments, own_code: tuple[list[str], list[str]], example_losses: Any
 ) -> Objective:
@@ -74,6 +100,7 @@ def objective_of(
         and (trainer.compute_loss_func is None or example_losses is not None),
         sharded=sharded,
         fused=FusedLoss(model, head, sharded) if _fused(trainer) else None,
+        accumulates=trainer.args.gradient_accumulation_steps > 1,
     )
 
 

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hf_importance.batches.entries import WEIGHTS
 from hf_importance.heads.head import Head
 from hf_importance.heads.losses import PIECE
+from hf_importance.transfer import Fetched
 
 # Half precision knows 3 digits; in float32 the two agree to 1e-5.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -43,10 +45,30 @@ class Evidence:
         figures: On the device, float32, shape ``(5,)``: smallest and largest factor of a row, largest part of a row
             that is no multiple of the head's, relative difference of the values, and whether labels differ.
         tolerance: How far each may be from what it should be.
+        rows: Where each row has one class: it, the product of its gradient with the head's, and the square of the
+            head's; on the device, float64, shape ``(rows, 3)``. What is too small to tell is 0.
+        classes: How many there are.
+        fetched: The rows on their way to the host, where they are sure to be read.
     """
 
     figures: Tensor
     tolerance: float
+    rows: Tensor | None = None
+    classes: int = 0
+    fetched: Fetched | None = None
+
+    def sent(self) -> Evidence:
+        """Begin to copy the rows to the host, where they will be read; give itself."""
+        if self.rows is not None:
+            self.fetched = Fetched([self.rows.flatten()])
+        return self
+
+    def told(self) -> Tensor | None:
+        """Give the rows on the CPU, float64, without those of no class; where they were not sent, it is waited for."""
+        if self.rows is None:
+            return None
+        rows = self.rows.cpu() if self.fetched is None else self.fetched.read()[0].view(-1, 3)
+        return rows[rows[:, 0] >= 0]
 
 
 def compare(
@@ -101,7 +123,17 @@ def compare(
         rest = torch.where(counts, rest / lengths.clamp(min=1e-300), 0.0).sqrt()
         off = _difference(loss, total, auxiliary, items)
         figures = torch.stack([factor.min(), factor.max(), rest.max(), off, _varied(head, batch, counts)]).float()
-    return Evidence(figures, TOLERANCE.get(found[0].dtype, COARSE))
+        rows = None
+        if has_classes(logits, batch, head):
+            rows = torch.stack([head.labels(batch).double(), product * counts, wanted * counts], 1)
+    return Evidence(figures, TOLERANCE.get(found[0].dtype, COARSE), rows, logits[0].shape[-1])
+
+
+def has_classes(logits: list[Tensor], batch: Mapping[str, Any], head: Head) -> bool:
+    """Whether each row of the logits is an example of one class."""
+    labels = head.labels(batch)
+    one = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    return one and WEIGHTS not in batch and len(logits) == 1 and logits[0].dim() == 2 and len(logits[0]) == len(labels)
 
 
 @torch.no_grad()

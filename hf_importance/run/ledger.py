@@ -16,20 +16,23 @@ from torch import Tensor
 from hf_importance.checkpoint.schema import COUNT, choice, number, optional
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.precision import AS_TRAINING
+from hf_importance.objective.proof import describe
+from hf_importance.objective.prove import judge
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, outcome
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed
 from hf_importance.run.pools import NO_ITEMS, figures, figures_of
-from hf_importance.run.step import Step, Watch
+from hf_importance.run.step import WHAT_TO_DO, Step, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler, Scored
 from hf_importance.theory.tau import tau_from_sums
 
 logger = logging.getLogger(__name__)
 
-
 _SUM = number(0, 1e300)
+MICRO_BATCHES = 1 << 20  # that a rank's step has at most
+OTHER_LOSS = "the loss is another than the model's head says ({found}). {what}"
 ELSEWHERE = "another rank found what stands in the way, and says what"
 
 
@@ -115,9 +118,11 @@ class Ledger:
         step, seen, own, summed, timed = self.step, None, [], [], []
         done = step is not None and step.number < self.facts.step()
         if done:
-            step.problem = self.problem or step.complaint(self.watch.own_code)
+            step.problem = self.problem or step.problem
+            past = self.watch.steps_outside(step)
+            step.problem = step.problem if past else step.complaint(self.watch.own_code)
             if self.watch.judges(step):
-                seen, own = self._found(step)
+                seen, own = (None, self._nothing(step, past=1.0)) if past else self._found(step)
             self.problem = step.problem
             timed = self.clock.read(step.times)
         adding = counting is not None and self.ranks.averaged > 1
@@ -132,13 +137,19 @@ class Ledger:
         return counting
 
     def _found(self, step: Step) -> tuple[Scored | None, list[float]]:
-        """Read what training passes left, and give this rank's figures of it; the last two are the verdict."""
+        """Read what training passes left, and give this rank's figures of it; the last five are the verdict."""
         if step.problem is not None:
-            return None, [*([] if step.kind == "pool" else [0.0] * figures_of(self.sampler, self.table)), 1.0, 0.0]
+            return None, self._nothing(step, against=1.0)
         assert self.objective.scale is not None
         found = step.read() if step.kind != "pool" else []  # a pool's was read when it was scored
-        against, proof = self.watch.judge(step)
-        judged = [max(against, float(step.problem is not None)), proof]
+        # A step of several micro-batches has several sums of weights, and a visit could not be taken back.
+        learns = step.kind != "visits" and not self.objective.accumulates
+        read = step.evidence[: len(step.figures)]
+        against, proof, step.news = judge(step.figures, read, self.objective.weights, learns)
+        if against is not None:
+            step.problem = OTHER_LOSS.format(found=describe(against), what=WHAT_TO_DO)
+        whole = self.objective.weights.state.whole
+        judged = [*map(float, (step.problem is not None, proof, bool(step.news), False, whole))]
         if step.kind == "pool":
             return None, judged
         sizes = tuple(len(part) for part in found[: len(step.outputs)])
@@ -155,6 +166,11 @@ class Ledger:
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
         return seen, [*figures(self.sampler, seen), empty, float(items.sum()), float(len(scores)), *judged]
 
+    def _nothing(self, step: Step, against: float = 0.0, past: float = 0.0) -> list[float]:
+        """Give the figures of a step that teaches nothing."""
+        figures = 0 if step.kind == "pool" else figures_of(self.sampler, self.table)
+        return [*[0.0] * figures, against, 0.0, 0.0, past, 0.0]
+
     def _take_in(self, step: Step, seen: Scored | None, summed: list[float]) -> None:
         before = self.drawing()
         self.state.drawn = step.drawn
@@ -162,15 +178,19 @@ class Ledger:
         assert step.place is not None
         self.feed.state = step.place
         self.report.step(step.drawn)
-        against, proof = summed[-2:] if summed else (0.0, 0.0)
+        against, proof, news, past, whole = summed[-5:] if summed else (0.0,) * 5
         if against > 0 or (step.problem is not None and self.ranks.size == 1):
             self.bar(step.problem)
+        elif past > 0:
+            self.objective.weights.state.outside = True
         else:
             self.state.proven = self.state.proven or proof > 0
+            self.objective.weights.state.whole |= whole > 0
             if step.kind == "pool":
                 self._learn(step, step.pool, step.sums)
             elif seen is not None:
-                self._learn(step, seen, summed[:-2])
+                self._learn(step, seen, summed[:-5])
+            self._learn_weights(step, news > 0)
         self.report.add(step.counts)
         self.count_switch(before)
 
@@ -202,8 +222,22 @@ class Ledger:
         """Note how far it came, for the end of the run."""
         state, cost = self.state, self.sampler.cost
         state.largest_tau = max(state.largest_tau, state.tau)
-        if cost is not None:
-            state.lowest_cost = cost if state.lowest_cost is None else min(state.lowest_cost, cost)
+        state.lowest_cost = min((one for one in (state.lowest_cost, cost) if one is not None), default=None)
+
+    def _learn_weights(self, step: Step, news: bool) -> None:
+        """Take in what a step told of class weights. All ranks must come to it."""
+        weights = self.objective.weights
+        if news:
+            self.state.proven = False  # with these weights
+            told = torch.cat([torch.empty((0, 6), dtype=torch.float64), *step.news])
+            told[:, 3] += self.ranks.rank * MICRO_BATCHES
+            if not weights.learn(self.ranks.gather(told)):
+                self.bar(OTHER_LOSS.format(found="class weights do not explain it on all ranks", what=WHAT_TO_DO))
+                return
+        if self.table is not None:
+            weights.count(step.labels)
+        weights.settle(step.number % max(self.facts.updates, 1), self.facts.updates, step.kind == "batch")
+        self.objective.score_apart()
 
     # ---- Switches and the log ----
 
@@ -236,12 +270,9 @@ class Ledger:
         """Give the entries of a training log. All ranks must call it."""
         self.commit()
         active, state = self.drawing() is not None, self.state
-        method = self.sampler.log_entries()
         cost = self.sampler.cost
-        if cost is not None:
-            method["relative_cost"] = cost
-        if state.switches:
-            method["switched_at"] = state.switched
+        method = self.sampler.log_entries() | ({} if cost is None else {"relative_cost": cost})
+        method |= {"switched_at": state.switched} if state.switches else {}
         return self.report.drain(state.tau, active, state.switches, method)
 
     def summary(self) -> dict[str, float]:
@@ -250,13 +281,10 @@ class Ledger:
         if self.table is not None:
             self.table.exchange()
         found: dict[str, float] = {"largest_tau": self.state.largest_tau, **self.sampler.outcome()}
-        if self.clock.measured:
-            found["kappa"] = self.clock.kappa
-        if self.state.lowest_cost is not None:
-            found["lowest_cost"] = self.state.lowest_cost
+        found |= {"kappa": self.clock.kappa} if self.clock.measured else {}
+        found |= {} if self.state.lowest_cost is None else {"lowest_cost": self.state.lowest_cost}
         found |= {name: value for name, value in self.sampler.log_entries().items() if name == "tau_threshold"}
-        if self.watch.barred is not None:
-            found["ruled_out"] = 1.0
+        found |= {} if self.watch.barred is None else {"ruled_out": 1.0}
         self._end = self.report.summary(self.state.steps_on, found)
         return self._end
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import batch_size_of, without_index
+from hf_importance.batches.entries import WEIGHTS, batch_size_of, without_index
 from hf_importance.batches.lengths import lengths_of
 from hf_importance.batches.pool import PooledBatches, merge_rows, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.reserve import split_like
 from hf_importance.batches.visits import Order, visit_batches
+from hf_importance.heads.class_weights import CUTS
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.precision import Precision
 from hf_importance.objective.scorer import Scorer
@@ -101,11 +102,25 @@ class Pools:
             split = [without_index(part) for part in [*batches, *self.feed.in_passes(rest)]]
             raw = PooledBatches([to_device(part, self.clock.device) for part, _ in split], self.feed.padding)
             pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
+            if self.objective.weights.known:
+                self._weigh(step, pool, raw)
             indices = [index for _, index in split if index is not None]
             index = torch.cat(indices) if indices else None
             of_each = planned.kept * count / (filled * self.facts.batch_size)
             with self.clock.scoring(step.number, len(pool), batch_size_of(batches[0]), of_each):
                 return self._keep(step, planned, pool, raw if self.prepares else pool, index, count, own, filled)
+
+    def _weigh(self, step: Step, pool: PooledBatches, raw: PooledBatches) -> None:
+        """Give each example the weight that its class has in a uniform batch, on average."""
+        head, weights = self.objective.head, self.objective.weights
+        assert head is not None
+        labels = torch.cat([head.labels(batch) for batch in pool.batches])
+        generator = self.facts.generator(self.ranks.rank, self.facts.step(), 0, 10)
+        order = torch.stack([torch.randperm(len(labels), generator=generator) for _ in range(CUTS)])
+        counted = weights.in_blocks(labels, pool.sizes[0], order).split(pool.sizes)
+        for one in (pool, raw):
+            one.batches = [{**batch, WEIGHTS: part} for batch, part in zip(one.batches, counted, strict=True)]
+        step.labels.append(labels)
 
     def _in_the_way(self, step: Step) -> bool:
         """Whether a rank found, before it scores, that it cannot; where ranks score apart they hear of it later."""
@@ -234,6 +249,8 @@ class Pools:
         rows = []
         with self.report.scoring():
             for batch in visit_batches(self.feed.loader, order, 0, seed, rank, ranks):
+                if self.objective.weights.known and self.objective.head is not None:
+                    batch = self.objective.weights.of_visits(self.objective.head, batch, self.facts.batch_size)
                 inputs, index = without_index(batch)
                 assert index is not None
                 inputs = self.prepare(to_device(inputs, self.clock.device))

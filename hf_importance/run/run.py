@@ -197,6 +197,9 @@ class Run:
         before = self.ledger.drawing()
         within = self.feed.visiting and self.feed.place > 0
         self.table.exchange()
+        weights = self.objective.weights
+        if weights.known:
+            weights.share_counts(self.ranks.sum(weights.state.recent))
         visits = self.sampler.visits()
         if visits is None and within:
             left, examples = self.facts.micro_batches_left, self.facts.examples
@@ -206,7 +209,10 @@ class Run:
         self.ledger.count_switch(before)
 
     def _visit(self, count: int) -> tuple[list, Tensor]:
-        handed = self.feed.hand_out(count)
+        handed, weights = self.feed.hand_out(count), self.objective.weights
+        head = self.objective.head
+        if weights.known and head is not None:
+            handed.batches = [weights.of_visits(head, batch, self.facts.batch_size) for batch in handed.batches]
         sizes = [len(weights) for weights in handed.weights]
         step = self.ledger.begin(Step(self.facts.step(), "visits", drawn=not self.feed.visiting_uniformly))
         step.place = self.feed.where()

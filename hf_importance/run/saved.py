@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_importance.checkpoint.schema import (
 )
 from hf_importance.checkpoint.state import VERSION, save_tensors
 from hf_importance.checkpoint.whole import STATE_FILE, HalfWritten, check_whole, checkpoint_to_resume
+from hf_importance.heads.class_weights import WeightState
 from hf_importance.reporting.report import Totals
 from hf_importance.run.clock import ClockState
 from hf_importance.run.feed import FeedState
@@ -89,6 +90,7 @@ def schema(sampler: Sampler) -> Schema:
         "clock": schema_of(ClockState),
         "table": Nullable(schema_of(TableState)),
         "loss_over_step": optional(FLAG),
+        "class_weights": schema_of(WeightState),
         "sampler": Field("an object with settings and state", owned),
         "settings": {name: field for name, (field, _) in SETTINGS.items()},
     }
@@ -125,7 +127,7 @@ def state_of(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     run.commit()
     run.report.sync()
-    sampler, table, scale = run.sampler, run.table, run.objective.scale
+    sampler, table, scale, weights = run.sampler, run.table, run.objective.scale, run.objective.weights.state
     state = {
         "version": VERSION,
         "step": run.facts.step(),
@@ -135,6 +137,7 @@ def state_of(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "clock": asdict(run.clock.state),
         "table": None if table is None else asdict(table.state),
         "loss_over_step": None if scale is None else scale.over_step,
+        "class_weights": asdict(replace(weights, recent=run.ranks.sum(weights.recent) if weights.recent else [])),
         "sampler": {"settings": _settings_of_sampler(sampler), "state": sampler.state_dict()},
         "settings": settings_of(run),
     }
@@ -223,6 +226,7 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:
         run.objective.scale.over_step = saved["loss_over_step"]
+    run.objective.take_up(from_state(WeightState, saved["class_weights"], "class_weights"), run.ranks.rank)
     run.clock.state = from_state(ClockState, saved["clock"], "clock")
     scored_alike = _score(before) == _score(now)
     remembered = run.table is not None and saved["table"] is not None and scored_alike

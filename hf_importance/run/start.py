@@ -22,9 +22,10 @@ from hf_importance.batches.reserve import Population, population_of
 from hf_importance.checkpoint.state import TENSORS_NAME, load_tensors, saved_state
 from hf_importance.checkpoint.whole import STATE_FILE
 from hf_importance.checks import stands_in_the_way, unknown_head
+from hf_importance.heads.class_weights import ClassWeights
 from hf_importance.heads.head import Head
 from hf_importance.objective.loss import Objective
-from hf_importance.objective.model import alive, scorer_of
+from hf_importance.objective.model import alive, can_go_around, scorer_of
 from hf_importance.objective.precision import Precision, cheaper_than
 from hf_importance.ranks import Ranks, ranks_of
 from hf_importance.reporting.best import past_its_best
@@ -115,7 +116,7 @@ def start(
         ValueError: The checkpoint's state cannot be taken up.
     """
     args, loader = trainer.args, trainer.callback_handler.train_dataloader
-    ranks, head = ranks_of(trainer), objective.head
+    ranks, head, objective.weights = ranks_of(trainer), objective.head, ClassWeights()
     assert loader is not None
     population, remembers, reason = _drawn_from(trainer, loader, sampler, head, own_code, ranks)
     finders = ranks.gather_number(int(reason is not None))
@@ -192,7 +193,7 @@ def start(
         prepares="_prepare_inputs" in hooks,
         waits_in_passes=ranks.size > 1 and sharded,
     )
-    watch = Watch(objective, scorer, clock, said)
+    watch = Watch(objective, scorer, clock, said, can_go_around(trainer, own_code[0]))
     ledger = Ledger(sampler, objective, watch, feed, ranks, clock, table, facts, report)
     run = Run(sampler, objective, watch, feed, pools, ranks, clock, table, facts, report, ledger)
     that.append(weakref.ref(run))

@@ -1,8 +1,6 @@
 """One optimizer step: what it does and finds, and the watch over what training really computes in it.
 
-Right or off: importance sampling is on only where the loss was proved to be what its head says. Whatever a user's
-model, loss, loader or batch is, training goes on: as the plain Trainer does, with one warning that says what stands in
-the way.
+Right or off: where the loss was not proved to be its head's, a run is the plain Trainer's, and one warning says why.
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_importance.objective.loss import Objective
-from hf_importance.objective.proof import Evidence, describe, verdict
+from hf_importance.objective.model import standing_in
+from hf_importance.objective.proof import Evidence
 from hf_importance.objective.scorer import Scorer, score_outputs
 from hf_importance.reporting.report import Totals
 from hf_importance.run.clock import Clock, Times
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 # Uniform steps in which the loss is held against its head: all of the first, then one of so many; where the logits
 # are few, and it costs next to nothing, all. And one of so many steps by importance; what is found stays on the device
 # until the next, whose scores are read, and so does where the logits are few what is found in all others.
-FIRST, EVERY, EVERY_DRAWN = 10, 10, 16
-FEW_LOGITS = 1 << 16
+FIRST, EVERY, EVERY_DRAWN, FEW_LOGITS = 10, 10, 16, 1 << 16
 OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: %s."
 WHAT_TO_DO = (
     "Say what the loss of each example is, with compute_example_losses=..., or pass importance_sampling=False to be "
@@ -50,7 +48,7 @@ class Step:
         place: Where reading stands behind it.
         counts: What it trains on and scores, on this rank.
         given: Of visits: their weights, shape ``(m,)``.
-        represents: Of visits: how many uniformly drawn examples each stands for, shape ``(m,)``.
+        represents: And how many uniformly drawn examples each stands for, shape ``(m,)``.
         outputs: What its training passes left, of each micro-batch: scores and item count on the device, indices.
         pool: Of a pool: what was scored.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
@@ -63,8 +61,7 @@ class Step:
         evidence: What came of it: of steps that read none, and of each micro-batch.
         begun: Training steps begun.
         returned: Of each, the loss that was computed in it.
-        differs: Of steps before this one, and of each of these, on the device, whether another was descended;
-            float32, shape ``(1,)``, 0 or 1.
+        differs: Of earlier steps, and of each of these, on the device, whether another was descended; shape ``(1,)``.
         doubted: Whether these must be known at the next step: nothing was proved yet.
         fetched: What is on its way to the host.
         sent: How many of the evidence, and of what differs, are in it.
@@ -72,6 +69,8 @@ class Step:
         figures: Of the evidence in it, once it was read.
         losses: Losses computed in them.
         descended: How often a backward pass began at one of these, or at what was made of it.
+        labels: Where classes have weights, those of examples that were drawn uniformly.
+        news: What was found of class weights, see :meth:`.ClassWeights.learn`.
         problem: What stands in the way of importance sampling, found in this step.
         blocked: Whether a rank found something in its way before anything was drawn; all ranks know.
         times: What it took, where it is timed.
@@ -104,6 +103,8 @@ class Step:
     figures: list[Tensor] = field(default_factory=list)
     losses: int = 0
     descended: int = 0
+    labels: list[Tensor] = field(default_factory=list)
+    news: list[Tensor] = field(default_factory=list)
     problem: str | None = None
     blocked: bool = False
     times: Times | None = None
@@ -114,11 +115,7 @@ class Step:
         return self.micro[self.begun - 1] if 0 < self.begun <= len(self.micro) else (None, None)
 
     def complaint(self, own_code: str) -> str | None:
-        """Say what speaks against importance sampling in how this step went, if anything.
-
-        Args:
-            own_code: Which hooks of the Trainer the user's code overrides, for the sentence.
-        """
+        """Say what speaks against importance sampling in how this step went, if anything; ``own_code`` as in Watch."""
         if self.problem is not None:
             return self.problem
         if self.losses == 0:
@@ -139,16 +136,17 @@ class Step:
     def send(self, parts: list[Tensor]) -> None:
         """Begin to copy these to the host, and all that is to be judged: vectors, at least one."""
         self.sent = len(self.evidence), len(self.differs)
-        self.fetched = Fetched([*parts, *[one.figures for one in self.evidence], *self.differs])
+        self.fetched = Fetched([*parts, *self.labels, *[one.figures for one in self.evidence], *self.differs])
 
     def read(self) -> list[Tensor]:
         """Give what was sent, float64, on the CPU; the one wait for the device, for what it did long ago."""
         assert self.fetched is not None
         found, (evidence, differs) = self.fetched.read(), self.sent
-        parts = len(found) - evidence - differs
-        self.figures = found[parts : parts + evidence]
+        told = len(found) - evidence - differs
+        parts = told - len(self.labels)
+        self.figures, self.labels = found[told : told + evidence], found[parts:told]
         late = [] if self.late is None else self.late.read()
-        if any(bool(one) for one in (*found[parts + evidence :], *late)):
+        if any(bool(one) for one in (*found[told + evidence :], *late)):
             self.problem = "the loss that is descended is another than compute_loss computed: something is added to it"
         return found[:parts]
 
@@ -162,6 +160,7 @@ class Watch:
         scorer: Scores their outputs.
         clock: Times them.
         own_code: Which hooks of the Trainer the user's code overrides, for sentences.
+        overrides: Whether it overrides a ``compute_loss`` that ours may be called around, see :func:`.can_go_around`.
         barred: Why importance sampling is off for good, or None.
     """
 
@@ -169,23 +168,17 @@ class Watch:
     scorer: Scorer
     clock: Clock
     own_code: str
+    overrides: bool = False
     barred: str | None = None
 
     def __post_init__(self) -> None:
         """Nothing is in training."""
         self.step: Step | None = None
-        self._few = True
-        self._uniform = self._drawn = 0
-        self._evidence: list[Evidence] = []  # of steps that were not waited for
-        self._differs: list[Tensor] = []
+        self._few, self.within, self._uniform, self._drawn = True, False, 0, 0
+        self._evidence, self._differs = [], []  # of steps that were not waited for
 
     def bar(self, reason: str, speak: bool = True) -> None:
-        """From now on the run is the plain Trainer's. All ranks must come to it.
-
-        Args:
-            reason: What stands in the way, and what to do; a sentence without its end.
-            speak: Whether this rank says so.
-        """
+        """From now on the run is the plain Trainer's, for a reason that this rank says or not. All must come to it."""
         if self.barred is None and speak:
             logger.warning(OFF, reason.removesuffix("."))
         self.barred = self.barred or reason
@@ -198,21 +191,20 @@ class Watch:
         """A step begins: see whether its loss is to be proved, and whether what is known of others is read."""
         self.step = step
         if step.kind == "batch":
-            step.proves = self._few or self._uniform < FIRST or self._uniform % EVERY == 0
+            due = self._uniform < FIRST or self._uniform % EVERY == 0
+            step.proves = self._few or due or self.objective.weights.learning
             self._uniform += 1
         else:
             self._drawn += 1
             step.proves = self._few or self._drawn % EVERY_DRAWN == EVERY_DRAWN - 1
             step.judged = step.kind == "visits" or self._drawn % EVERY_DRAWN == 0  # read when its pool is scored
         if step.judged:
-            step.evidence, self._evidence = self._evidence, []
-            step.differs, self._differs = self._differs, []
+            step.evidence, step.differs, self._evidence, self._differs = self._evidence, self._differs, [], []
 
     def judges(self, step: Step) -> bool:
         """Whether what a finished step found is judged now; what it did not send is left for later."""
-        evidence, differs = step.sent
-        self._evidence += step.evidence[evidence:]
-        self._differs += [] if step.late is not None else step.differs[differs:]
+        self._evidence += step.evidence[step.sent[0] :]
+        self._differs += [] if step.late is not None else step.differs[step.sent[1] :]
         return step.judged
 
     def leaves_out(self) -> bool:
@@ -225,13 +217,15 @@ class Watch:
         return True
 
     @contextlib.contextmanager
-    def training_on(self, inputs: Any) -> Iterator[None]:
-        """A training step on one micro-batch."""
+    def training_on(self, inputs: Any, attributes: dict[str, Any], around: Callable[..., Any]) -> Iterator[None]:
+        """A training step on one micro-batch; ``around`` stands for the trainer's ``compute_loss`` where it must."""
         if self.step is not None:
             self.step.begun += 1
             self.step.returned.append(None)
-        with self.clock.training_on(inputs):
+        self.within = False
+        with self.clock.training_on(inputs), standing_in(attributes, "compute_loss", around, self.outside):
             yield
+        self.within = False
 
     def returned(self, loss: Tensor) -> None:
         """See whether what the training step descended is the loss that was computed here."""
@@ -243,21 +237,16 @@ class Watch:
                 self.step.late = Fetched(self.step.differs[self.step.sent[1] :])
 
     def loss(
-        self,
-        own: Callable[[nn.Module, dict[str, Any], bool], Any],
-        model: nn.Module,
-        batch: dict[str, Any],
-        wanted: bool,
-        num_items: Tensor | int | None,
+        self, own: Callable[..., Any], model: nn.Module, batch: dict[str, Any], wanted: bool, num_items: Any
     ) -> tuple[Tensor, Any]:
         """Give the loss of a micro-batch in training, and the model's outputs; arguments as ``Objective.loss``."""
         step, objective = self.step, self.objective
-        if objective.head is None or step is None or self.barred is not None:
-            if objective.head is None:
-                found = own(model, batch, wanted)
-                return found if wanted else (found, None)
+        if objective.head is None:
+            return own(model, batch, True) if wanted else (own(model, batch, False), None)
+        if step is None or self.barred is not None:
             return objective.loss_without_run(own, model, batch, wanted, num_items)
         step.losses += 1
+        self.within = self.outside  # what the user's code then asks of ours is the Trainer's
         weights, index = step.current
         rows, whole = objective.rows_in(batch), step.rows[step.begun - 1 : step.begun]
         if whole and rows != whole[0]:
@@ -270,7 +259,7 @@ class Watch:
         if isinstance(found, str):
             step.problem = step.problem or f"{found} ({self.own_code}). {WHAT_TO_DO}"
         elif found is not None:
-            step.evidence.append(found)
+            step.evidence.append(found.sent() if objective.weights.learning else found)
         if listens and step.problem is None:
             self._hear(step, outputs, batch, weights, index)
         if step.returned:
@@ -293,17 +282,19 @@ class Watch:
                 raise
             step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
             return
+        if step.kind == "batch" and objective.weights.state.squares:
+            step.labels.append(objective.head.labels(batch))
+            weights = objective.weights.in_batch(step.labels[-1]) if objective.weights.known else None
         step.outputs.append((scores if weights is None else scores * weights, index, items))
         if step.begun == len(step.micro) == len(step.outputs):  # the copy runs beside the backward pass
             step.send([found for found, _, _ in step.outputs] + [count[None] for _, _, count in step.outputs])
 
-    def judge(self, step: Step) -> tuple[float, float]:
-        """Say whether the evidence that was read speaks against the head, and whether for it; 0 or 1 each."""
-        judged = [
-            (figures, verdict(figures, one.tolerance))
-            for figures, one in zip(step.figures, step.evidence, strict=False)
-        ]
-        against = next((figures for figures, (bad, _) in judged if bad), None)
-        if against is not None:
-            step.problem = f"the loss is another than the model's head says ({describe(against)}). {WHAT_TO_DO}"
-        return float(against is not None), float(any(good for _, (_, good) in judged))
+    def steps_outside(self, step: Step) -> bool:
+        """Whether the loss of a step was computed past ours, and ours can be called around the user's from now on."""
+        once = step.kind == "batch" and step.begun == len(step.micro) == 1 and step.problem is None
+        return once and step.descended < max(step.losses, 1) and self.overrides and not self.outside
+
+    @property
+    def outside(self) -> bool:
+        """Whether ours is called around the user's ``compute_loss``."""
+        return self.objective.weights.state.outside and self.barred is None

@@ -35,8 +35,7 @@ class Visits:
         index: Which examples; integer, shape ``(n,)``.
         weights: What the loss of each is multiplied by, of mean 1; shape ``(n,)``.
         micro_batches: On each rank; at most ``run.micro_batches_left``, so that epochs stay the Trainer's.
-        represents: How many uniformly drawn examples each stands for, of mean 1, where not its weight (a biased
-            method); shape ``(n,)``.
+        represents: How many uniformly drawn examples each stands for, where not its weight; mean 1, shape ``(n,)``.
         batch_size: Examples of a micro-batch on each rank, on average, at least 1; None: evenly split. Sizes differ by
             one at most.
         uniform: Whether they are drawn uniformly, so that the steps count as off.
@@ -98,8 +97,7 @@ class Facts:
         examples: Of the training set; None for a stream.
         batch_size: Of a micro-batch on each rank, ``b``.
         accumulation: Micro-batches of an optimizer step.
-        gathered: Micro-batches of a step whose kept examples are gathered into as few as hold them, the others being
-            left out: ``accumulation``, or 1 where each is trained on.
+        gathered: Micro-batches of a step whose kept examples are gathered into as few as hold them; 1: into each.
         micro_batches: Of an epoch, on each rank; 0 for a stream.
         updates: Optimizer steps of an epoch; 0 for a stream.
         fewest: Examples that a micro-batch should keep at least (BatchNorm needs some to normalise by).

@@ -35,16 +35,16 @@ class MoreForImageClassification(ViTForImageClassification):
 
 
 class Past:
-    """Computes the loss of one step past ours."""
+    """Computes the loss of one step past ours, and gives no outputs, so that ours cannot be called around it."""
 
     def __init__(self, *args, at, **kwargs):
         self.at = at
         super().__init__(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step == self.at and self.args.process_index == 1:
             return model(**inputs).loss
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
 
 class OwnLoader:
