@@ -197,6 +197,7 @@ class Pools:
             scores = scores + FLOOR * scores.mean()
         generator = self.facts.generator(self.ranks.rank, self.facts.step(), 0, 2)
         rows, weights = self.sampler.keep(replace(seen, scores=scores, kept=kept, generator=generator))
+        weights = self.sampler.weigh(weights)
         missing = max(fewest - len(rows), 0)  # ranks wait for each other in each batch, so none may be empty
         return torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)])
 

@@ -207,9 +207,8 @@ class Sampler:
     def visits(self) -> Visits | None:
         """Name the examples of the next steps; None: they start from the Trainer's own batch.
 
-        Asked between two steps, where visits have ended, and while none run ten times an epoch. Only samplers that
-        remember are asked. Within an epoch that has been visited, None means uniform visits to its end, since nobody
-        has read its loader.
+        Asked of samplers that remember, between two steps: where visits have ended, and while none run ten times an
+        epoch. Within an epoch that has been visited None means uniform visits to its end: nobody has read its loader.
         """
         return None
 
@@ -221,14 +220,15 @@ class Sampler:
         return None
 
     def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
-        """Choose the rows of a scored pool that are trained on, and their weights, of mean 1.
+        """Choose the rows of a scored pool that are trained on, int64, ``n >= 1``, and their weights, of mean 1.
 
-        It changes nothing: asked twice, it gives the same.
-
-        Returns:
-            Rows of the pool, int64, shape ``(n,)`` with ``n >= 1``, and weights, shape ``(n,)``.
+        It changes nothing: asked twice, it gives the same; shape ``(n,)`` each.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for pools, so it must say what to keep of one.")
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Bias the weights of what one optimizer step keeps on this rank, as ``keep`` gave them; shape ``(n,)``."""
+        return weights
 
     # ---- Learn ----
 
