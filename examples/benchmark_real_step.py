@@ -2,8 +2,8 @@
 
     python examples/benchmark_real_step.py --data path/to/data --models path/to/models --rounds 3
 
-MiniLM on SST-2 and MobileNetV2 on clothing10 . Uniform steps and importance
-steps follow each other within one run, so both meet the same load; loading, collating and the optimizer are in them.
+MiniLM on SST-2 and MobileNetV2 on clothing10. Uniform steps and importance steps follow each other within one run, so
+both meet the same load; loading, collating and the optimizer are in them.
 ``--against FOLDER`` runs another version of the package in turn with this one, each run a process of its own.
 """
 
