@@ -212,7 +212,7 @@ def test_a_loss_function_that_splits_by_example_is_weighted(tmp_path, digits, fu
 
 def test_a_loss_function_that_does_not_split(tmp_path, digits, caplog):
     args, data = toys.arguments(tmp_path), digits.select(range(64))
-    no_sum = "compute_loss_func that is no sum over examples"
+    no_sum = "its gradient at the logits points elsewhere"
     toys.check_off(caplog, no_sum, toys.vit, args, data, compute_loss_func=pairwise)
 
 
