@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from hf_importance import ImportanceTrainer, Pool
 from hf_importance.batches.pool import Padding
-from hf_importance.batches.reserve import Population, ReserveDataset
+from hf_importance.batches.reserve import Population, ReserveDataset, reserve_sizes
 from hf_importance.run.feed import Feed
 
 
@@ -108,10 +108,10 @@ def test_the_reserve_goes_on_behind_the_pools_that_were_drawn(old, new, position
     before.rest_of(pool(*old), iter(()))
     after.load(dataclasses.replace(before.where(), reserve=position), {}, False, "")
     found = after.rest_of(pool(*new), iter(()))
-    assert after.where().reserve == expected + len(found)
-    whole = ReserveDataset(after.loader.dataset, default_collate, [len(part["x"]) for part in found], 7, 0)
-    for part, batch in enumerate(found):
-        assert batch["x"].tolist() == whole.indices(expected + part)
+    sizes = reserve_sizes(new[1], math.ceil(new[0] * new[1]), 200)
+    assert after.where().reserve == expected + len(sizes)
+    whole = ReserveDataset(after.loader.dataset, default_collate, sizes, 7, 0)
+    assert found[0]["x"].tolist() == whole.indices(expected, len(sizes))
 
 
 def test_without_importance_sampling_in_between_it_starts_fresh(tmp_path, saved, caplog):

@@ -68,7 +68,7 @@ def test_labels_of_tokens_are_cut_and_several_labels_an_example_are_not():
     tokens = sort_by_length([{**batch, "labels": torch.tensor([[1, -100, -100], [2, 3, -100]])}], 2, Padding())
     assert tokens[0]["labels"].tolist() == [[1, -100], [2, 3]]
     decoders = sort_by_length([{**batch, "labels": torch.tensor([[1, 9, 9], [2, 3, -100]])}], 2, Padding())
-    assert decoders[0]["labels"].tolist() == [[1, 9, 9], [2, 3, -100]]
+    assert decoders[0]["labels"].tolist() == [[2, 3, -100], [1, 9, 9]]  # longest last, whatever is long
     several = sort_by_length([{**batch, "labels": torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])}], 2, Padding())
     assert several[0]["labels"].shape == (2, 3)
     assert several[0]["input_ids"].shape == (2, 2)

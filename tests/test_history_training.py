@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer
 
 from hf_importance import History, ImportanceTrainer
-from hf_importance.batches.entries import INDEX, WEIGHTS
+from hf_importance.batches.entries import INDEX, WEIGHTS, index_of
 from hf_importance.batches.indexed import IndexedCollator, IndexedDataset
 from hf_importance.batches.pool import Padding
 from hf_importance.batches.random import key_to_seed
@@ -477,7 +477,7 @@ def test_passes_fill_the_epoch_whatever_its_length(examples, batch, accumulation
         wanted = min(accumulation, micro_batches - update * accumulation)
         handed = feed.hand_out(wanted)
         assert len(handed.batches) == wanted
-        assert torch.cat([one[INDEX] for one in handed.batches]).equal(handed.index)
+        assert torch.cat([index_of(one) for one in handed.batches]).equal(handed.index)
         seen[-1] += handed.index.tolist()
     # Each pass ends where its examples do, and the last with the epoch.
     assert [len(one) for one in seen] == begun

@@ -10,6 +10,7 @@ from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -70,14 +71,16 @@ class IndexedCollator:
 
     Args:
         collate: Makes a batch of a list of examples.
+        shared: Whether one process reads for all, and hands on to each its part of what is a tensor.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], shared: bool = False) -> None:
+        self.collate, self.shared = collate, shared
 
     def __call__(self, visits: list[Visit | NamedVisit]) -> Any:
         """Collate; a batch that is no dict has no place for them, and stays as it is."""
         batch = self.collate([visit.example for visit in visits])
         if not isinstance(batch, Mapping):
             return batch
-        return {**batch, INDEX: torch.tensor([visit.index for visit in visits])}
+        index = np.array([visit.index for visit in visits], dtype=np.int64)
+        return {**batch, INDEX: torch.from_numpy(index) if self.shared else index}

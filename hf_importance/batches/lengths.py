@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,28 @@ import torch
 from torch import Tensor
 
 from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, batch_size_of
-from hf_importance.batches.pool import Padding, merge_rows
+from hf_importance.batches.pool import Padding, cut, has_columns, merge_rows
 from hf_importance.batches.reserve import split_evenly
+
+
+def lengths_of(batch: Any, padding: Padding) -> Tensor | None:
+    """Give the columns of each text behind which there is only padding; int64, shape ``(b,)``, where the batch is.
+
+    None where that is not known: no attention mask, padding on the left (leaving it out would move positions), or
+    entries whose columns may mean something else.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or padding.side != "right":
+        return None
+    if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batch.items()):
+        return None
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths = ((mask != 0) * columns).amax(dim=1)
+    for name, value in batch.items():
+        # Labels may be those of a decoder, or several an example, and by chance as many as the text has tokens.
+        if name.endswith("labels") and has_columns(name, value, len(columns)):
+            lengths = torch.maximum(lengths, ((value != IGNORED_LABEL) * columns).amax(dim=1))
+    return lengths
 
 
 def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[Any] | None:
@@ -22,30 +43,30 @@ def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[
         padding: How the batches were padded.
 
     Returns:
-        The new batches, all rows in order of their length; None where nothing is known to be saved: no attention
-        mask, padding on the left (cutting it would move positions), or entries whose columns may mean something else.
+        The new batches, all rows in order of their length; None where nothing is known to be saved.
     """
-    mask = batches[0].get("attention_mask") if isinstance(batches[0], Mapping) else None
-    if mask is None or mask.dim() != 2 or mask.device.type != "cpu" or padding.side != "right":
+    if lengths_of(batches[0], padding) is None or batches[0]["attention_mask"].device.type != "cpu":
         return None
-    if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batches[0].items()):
-        return None
-    merged = merge_rows(batches, [torch.arange(batch_size_of(batch)) for batch in batches], padding)
-    columns = torch.arange(1, merged["attention_mask"].shape[1] + 1)
-    lengths = (merged["attention_mask"] * columns).amax(dim=1)
-    sorted_batches = []
-    for rows in lengths.argsort(stable=True).split(split_evenly(len(lengths), size)):
-        batch, width = merge_rows([merged], [rows], padding), int(lengths[rows].max())
-        for name, value in batch.items():
-            if _may_cut(name, value, len(columns), width):
-                batch[name] = value[:, :width].contiguous()  # some models view their inputs
-        sorted_batches.append(batch)
-    return sorted_batches
+    merged = merge_rows(batches, [slice(0, batch_size_of(batch)) for batch in batches], padding)
+    lengths = lengths_of(merged, padding)
+    assert lengths is not None
+    parts = lengths.argsort(stable=True).split(split_evenly(len(lengths), size))
+    return [merge_rows([cut(merged, int(lengths[rows].max()), padding)], [rows], padding) for rows in parts]
 
 
-def _may_cut(name: str, value: Any, columns: int, width: int) -> bool:
-    """Say whether all that an entry holds behind column ``width`` is padding."""
-    if name not in TOKEN_ENTRIES or not isinstance(value, Tensor) or value.shape[1:] != (columns,):
-        return False
-    # Labels may be those of a decoder, or several an example, and by chance as many as the text has tokens.
-    return not name.endswith("labels") or bool((value[:, width:] == IGNORED_LABEL).all())
+def in_passes(rest: list[Any], size: int, batch_size: int, padding: Padding) -> list[Any]:
+    """Split what completes a pool into what one forward pass scores: texts by length, others as they came.
+
+    Args:
+        rest: Batches on the CPU; one alone may be larger than a batch of training.
+        size: Texts of a pass, at most.
+        batch_size: Others of a pass, at most.
+        padding: How the batches were padded.
+    """
+    found = sort_by_length(rest, size, padding) if rest else None
+    if found is None and len(rest) == 1 and batch_size_of(rest[0]) > batch_size:
+        sizes = split_evenly(batch_size_of(rest[0]), batch_size)
+        ends = itertools.accumulate(sizes)
+        parts = [slice(end - part, end) for end, part in zip(ends, sizes, strict=True)]
+        found = [merge_rows(rest, [part], padding) for part in parts]  # views
+    return found or rest

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, WEIGHTS, batch_size_of
+from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, WEIGHTS, batch_size_of, first_of
+from hf_importance.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -20,48 +22,76 @@ class Padding:
 
     Attributes:
         side: ``"left"`` or ``"right"``.
+        multiple: Of which lengths are a multiple.
         values: What a batch entry is padded with, by its name. Others get 0: a mask is off there.
         unread_first: Labels that a causal language model shifts: what stands first in a row is predicted from nothing
             and never read. With padding put in front of it, it would be.
     """
 
     side: str = "right"
+    multiple: int = 1
     unread_first: frozenset[str] = frozenset()
     values: Mapping[str, float] = field(default_factory=lambda: {"labels": IGNORED_LABEL})
 
 
-def merge_rows(batches: Sequence[Any], rows: Sequence[Tensor], padding: Padding) -> Any:
+class Rows(NamedTuple):
+    """Which rows of a batch; int64, shape ``(n,)``."""
+
+    host: Tensor  # on the CPU
+    there: Tensor  # on the device of the batch
+
+
+def merge_rows(batches: Sequence[Any], rows: Sequence[Tensor] | Sequence[slice], padding: Padding) -> Any:
     """Gather the given rows of several batches into one batch, padded to the longest of them.
 
-    Rows are taken on the device where each batch lies, and only they are copied. What is no tensor of the batch's
-    length and no list of it is taken from the first batch.
+    Rows are taken on the device where the batches lie, and only they are copied; a slice of one batch is a view. What
+    is no tensor of the batch's length, no array and no list of it is taken from the first batch.
 
     Args:
         batches: Batches with the same entries, each of any number of rows.
-        rows: For each batch, the rows to take, in order; int64, any length.
+        rows: For each batch, the rows to take, in order: int64, on the CPU, of any length, or a slice that is not
+            empty.
         padding: How entries of different lengths are brought together.
     """
-    return _merge(batches, rows, [batch_size_of(batch) for batch in batches], padding, name="")
+    found: list[Any] = list(rows)
+    if not isinstance(found[0], slice):
+        there = to_device(torch.cat(found), first_of(batches[0]).device)  # one copy for all
+        found = [Rows(*both) for both in zip(found, there.split([len(row) for row in found]), strict=True)]
+    return _merge(batches, found, [batch_size_of(batch) for batch in batches], padding, name="")
 
 
-def _merge(values: Sequence[Any], rows: Sequence[Tensor], sizes: Sequence[int], padding: Padding, name: str) -> Any:
+def _merge(
+    values: Sequence[Any], rows: Sequence[Rows | slice], sizes: Sequence[int], padding: Padding, name: str
+) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
         return {key: _merge([value[key] for value in values], rows, sizes, padding, key) for key in first}
-    if isinstance(first, Tensor) and all(value.dim() > 0 for value in values):
-        if all(len(value) == size for value, size in zip(values, sizes, strict=True)):
-            taken = [value[row] for value, row in zip(values, rows, strict=True) if len(row)]
-            filling = padding.values.get(name, 0)
-            if padding.side == "left" and name in padding.unread_first:
-                taken = [F.pad(part[:, 1:], (1, 0), value=filling) for part in taken]
-            return torch.cat(_pad_alike(taken, padding.side, filling))
-    elif isinstance(first, list | tuple):
-        if all(len(value) == size for value, size in zip(values, sizes, strict=True)) and not any(
-            isinstance(entry, Tensor) for entry in first
-        ):
-            return [value[i] for value, row in zip(values, rows, strict=True) for i in row.tolist()]
+    several = isinstance(first, list | tuple)
+    if not several and not all(isinstance(value, Tensor | np.ndarray) and value.ndim > 0 for value in values):
+        return first
+    by_rows = all(len(value) == size for value, size in zip(values, sizes, strict=True))
+    if several and not (by_rows and not any(isinstance(entry, Tensor) for entry in first)):
         return type(first)(_merge(list(entries), rows, sizes, padding, name) for entries in zip(*values, strict=True))
-    return first
+    if not by_rows:
+        return first
+    taken = [_taken(v, row) for v, row in zip(values, rows, strict=True) if isinstance(row, slice) or len(row.host)]
+    if several:
+        return list(itertools.chain(*taken))
+    if isinstance(first, np.ndarray):
+        return np.concatenate(taken)
+    filling = padding.values.get(name, 0)
+    if padding.side == "left" and name in padding.unread_first:
+        taken = [F.pad(part[:, 1:], (1, 0), value=filling) for part in taken]
+    taken = _pad_alike(taken, padding.side, filling)
+    return taken[0] if len(taken) == 1 else torch.cat(taken)
+
+
+def _taken(value: Any, row: Rows | slice) -> Any:
+    if isinstance(row, slice):
+        return value[row]
+    if isinstance(value, Tensor):
+        return value.index_select(0, row.there if row.there.device == value.device else row.host.to(value.device))
+    return value[row.host.numpy()] if isinstance(value, np.ndarray) else [value[i] for i in row.host.tolist()]
 
 
 def _pad_alike(tensors: list[Tensor], side: str, value: float) -> list[Tensor]:
@@ -112,9 +142,9 @@ def _not_rows(name: str, values: Sequence[Any], sizes: Sequence[int]) -> str | N
     if isinstance(first, Mapping):
         found = _entry_not_rows(values, sizes)
         return None if found is None else f"holds {found[0]!r}, which {found[1]}"
-    if (isinstance(first, Tensor) and first.dim() > 0) or isinstance(first, list | tuple):
+    if (isinstance(first, Tensor | np.ndarray) and first.ndim > 0) or isinstance(first, list | tuple):
         pairs = list(zip(values, sizes, strict=True))
-        if any(isinstance(entry, Tensor) for entry in first) and not isinstance(first, Tensor):
+        if isinstance(first, list | tuple) and any(isinstance(entry, Tensor) for entry in first):
             return next(filter(None, (_not_rows(name, parts, sizes) for parts in zip(*values, strict=True))), None)
         wrong = next(((len(value), size) for value, size in pairs if len(value) != size), None)
         if wrong is not None:
@@ -154,19 +184,24 @@ class PooledBatches:
         if size is None:
             yield from self.batches
             return
-        starts = dict(zip(itertools.accumulate(self.sizes, initial=0), self.batches, strict=False))
-        for start in range(0, len(self), size):
-            rows = min(size, len(self) - start)
-            if start in starts and batch_size_of(starts[start]) == rows:
-                yield starts[start]  # as it came, without a copy
+        starts = [0, *itertools.accumulate(self.sizes)]
+        for first in range(0, len(self), size):
+            last, parts = min(first + size, len(self)), []
+            for batch, start, end in zip(self.batches, starts, starts[1:], strict=False):
+                if max(first, start) < min(last, end):
+                    parts.append((batch, slice(max(first, start) - start, min(last, end) - start), end - start))
+            (batch, rows, whole), *others = parts
+            if not others and rows == slice(0, whole):
+                yield batch  # as it came, without a copy
             else:
-                yield self.take(torch.arange(start, start + rows))[0]
+                yield merge_rows([batch for batch, _, _ in parts], [row for _, row, _ in parts], self.padding)
 
-    def take(self, index: Tensor) -> tuple[Any, Tensor]:
+    def take(self, index: Tensor, width: int | None = None) -> tuple[Any, Tensor]:
         """Gather examples into one batch.
 
         Args:
             index: Which, in ``[0, B)``, with repeats or without; on the CPU, shape ``(n,)``.
+            width: Of texts: columns that hold all of these; the rest is padding, and left out. None: all.
 
         Returns:
             The batch, its rows sorted by where they came from, and the permutation of ``index`` that gives that order.
@@ -177,14 +212,36 @@ class PooledBatches:
         counts = torch.bincount(torch.bucketize(sorted_index, ends, right=True), minlength=len(self.sizes))
         parts = sorted_index.split(counts.tolist())
         used = [
-            (batch, part - (end - size))
+            (batch if width is None else cut(batch, width, self.padding), part - (end - size))
             for batch, part, end, size in zip(self.batches, parts, ends.tolist(), self.sizes, strict=True)
             if len(part)
         ]
         return merge_rows([batch for batch, _ in used], [row for _, row in used], self.padding), order
 
 
-def stand_for(pool: PooledBatches, rows: Tensor, weights: Tensor, share: float) -> tuple[dict[str, Any], Tensor]:
+def cut(batch: Mapping[str, Any], width: int, padding: Padding) -> dict[str, Any]:
+    """Leave out the columns of a batch of texts, padded on the right, that hold padding only; views.
+
+    Args:
+        batch: Has an attention mask.
+        width: Columns that hold more.
+        padding: Says of what their number is a multiple.
+    """
+    columns = batch["attention_mask"].shape[1]
+    width = min(-(-width // padding.multiple) * padding.multiple, columns)
+    return {n: v[:, :width] if width < columns and has_columns(n, v, columns) else v for n, v in batch.items()}
+
+
+def has_columns(name: str, value: Any, columns: int) -> bool:
+    """Whether a batch entry has one column a token; float labels are several an example, by chance as many."""
+    if name not in TOKEN_ENTRIES or not isinstance(value, Tensor) or value.shape[1:] != (columns,):
+        return False
+    return not (name.endswith("labels") and value.is_floating_point())
+
+
+def stand_for(
+    pool: PooledBatches, rows: Tensor, weights: Tensor, share: float, width: int | None = None
+) -> tuple[dict[str, Any], Tensor]:
     """Make the batch of kept examples that stands for the Trainer's own batch, the first of the pool.
 
     Args:
@@ -194,12 +251,13 @@ def stand_for(pool: PooledBatches, rows: Tensor, weights: Tensor, share: float) 
         share: Share of a batch that the optimizer step keeps, the same for all its batches and ranks, by which its
             item count is multiplied too. Rounding makes of it ``n / b``, which differs where batches differ in size;
             the loss weighs each batch by ``b`` all the same, as the uniform step does.
+        width: As for :meth:`PooledBatches.take`.
 
     Returns:
         The batch, with its entry ``importance_weights``, on the device; and the weights of its rows, on the CPU,
         without the share, float32, shape ``(n,)``.
     """
-    batch, order = pool.take(rows)
+    batch, order = pool.take(rows, width)
     weights = weights[order].float()
     return _weighted(batch, weights * (share * pool.sizes[0] / len(rows))), weights
 
@@ -211,7 +269,6 @@ def keep_own(pool: PooledBatches, share: float) -> tuple[dict[str, Any], Tensor]
 
 
 def _weighted(batch: Mapping[str, Any], weights: Tensor) -> dict[str, Any]:
-    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-    on_device = weights.to(device, non_blocking=True)
+    on_device = to_device(weights, first_of(batch).device)
     given = batch.get(WEIGHTS)
     return {**batch, WEIGHTS: on_device if given is None else given * on_device}

@@ -22,17 +22,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[int], batches_ahead: int = 1) -> DataLoader:
+def loader_like(like: DataLoader, batches: Dataset, positions: Iterable[Any]) -> DataLoader:
     """Give a loader of ready batches with the workers, the pinning and the prefetching of another.
 
     Args:
         like: The Trainer's own loader.
         batches: Gives a collated batch for each position.
         positions: Which batches, in order.
-        batches_ahead: How many of them workers load ahead for each batch that the other's do.
     """
     # torch's own default is 2.
-    workers = {"prefetch_factor": (like.prefetch_factor or 2) * batches_ahead} if like.num_workers else {}
+    workers = {"prefetch_factor": like.prefetch_factor or 2} if like.num_workers else {}
     return DataLoader(
         batches,
         sampler=positions,

@@ -1,14 +1,14 @@
 """Where the rest of a pool comes from: an endless reserve of examples, drawn as the Trainer's loader draws them.
 
-A reserve batch is a pure function of ``(seed, rank, position)``: which examples it holds, and every random number
-that the dataset and the collator draw for it. So workers may prefetch, a resumed run needs only the position, and the
-global random streams stay exactly where the Trainer has them.
+Which examples a reserve batch holds is a pure function of ``(seed, rank, position)``, and every random number that the
+dataset and the collator draw is one of these and of how many batches are collated as one. So workers may prefetch, a
+resumed run needs only the position, and the global random streams stay exactly where the Trainer has them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 from transformers.trainer_utils import has_length
 
+from hf_importance.batches.pool import Padding, merge_rows
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.reading import fetch, loader_like
 
@@ -132,7 +133,7 @@ def split_evenly(total: int, largest: int) -> list[int]:
 
 
 class ReserveDataset(Dataset):
-    """Collated batches of uniformly drawn examples, by position: batch ``p`` is the same whoever asks, and when.
+    """Batches of uniformly drawn examples in a row, collated as one: the same whoever asks for them, and when.
 
     The examples of one pool's reserve, ``len(sizes)`` batches in a row, are distinct.
 
@@ -161,45 +162,74 @@ class ReserveDataset(Dataset):
         self.seed = seed
         self.rank = rank
 
-    def indices(self, position: int) -> list[int]:
-        """Give the examples of the batch at ``position``."""
-        pool, part = divmod(position, len(self.sizes))
-        generator = np.random.default_rng(key_to_seed(self.seed, self.rank, pool))
-        drawn = self.population.draw(sum(self.sizes), generator)
-        start = sum(self.sizes[:part])
-        return drawn[start : start + self.sizes[part]].tolist()
+    def indices(self, position: int, count: int = 1) -> list[int]:
+        """Give the examples of ``count`` batches from ``position`` on."""
+        found: list[int] = []
+        ends = [0, *itertools.accumulate(self.sizes)]
+        while count:
+            pool, part = divmod(position, len(self.sizes))
+            until = min(part + count, len(self.sizes))
+            generator = np.random.default_rng(key_to_seed(self.seed, self.rank, pool))
+            drawn = self.population.draw(ends[-1], generator)
+            found += drawn[ends[part] : ends[until]].tolist()
+            position, count = position + until - part, count - until + part
+        return found
 
-    def __getitem__(self, position: int) -> Any:
-        """Fetch and collate the batch at ``position``."""
-        indices = self.indices(position)
-        with isolated_rng(key_to_seed(self.seed, self.rank, position, 1)):
+    def __getitem__(self, asked: tuple[int, int]) -> Any:
+        """Fetch so many batches from a position on, ``(position, count)``, and collate them as one."""
+        indices = self.indices(*asked)
+        with isolated_rng(key_to_seed(self.seed, self.rank, asked[0], 1)):
             return self.collate(fetch(self.dataset, indices))
 
 
 class Reserve:
-    """Endless iterator over the batches of a :class:`ReserveDataset`, loaded as the Trainer's own loader does.
+    """Hands out the batches of a :class:`ReserveDataset`, loaded as the Trainer's own loader does.
+
+    Without workers what is asked for is collated as one. Workers load ahead, before anybody knows how much will be
+    asked for: they collate several batches as one, and what is handed out are rows of it, views.
 
     Args:
         dataset: The batches.
         like: The Trainer's loader.
         position: Where to begin.
-        batches_ahead: How many reserve batches workers load ahead for each batch that the Trainer's do.
+        together: Batches that a worker collates as one.
 
     Attributes:
         position: How many batches were handed out since the start of training.
         sizes: Of the batches, repeated for ever.
     """
 
-    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int, batches_ahead: int = 1) -> None:
-        self.position = position
-        self.sizes = dataset.sizes
-        self._batches = iter(loader_like(like, dataset, itertools.count(position), batches_ahead))
+    def __init__(self, dataset: ReserveDataset, like: DataLoader, position: int, together: int) -> None:
+        self.position, self.sizes = position, dataset.sizes
+        self._together, self._ahead = together, like.num_workers > 0
+        self._begin = self._end = 0  # of what a worker has loaded
+        self._rows: Any = None
+        first = position - position % together
+        asked = ((p, together) for p in itertools.count(first, together)) if self._ahead else self._asked()
+        self._loaded = iter(loader_like(like, dataset, asked))
 
-    def __iter__(self) -> Reserve:
-        """Give itself."""
-        return self
+    def _asked(self) -> Iterator[tuple[int, int]]:
+        while True:
+            yield self._begin, self._end - self._begin
 
-    def __next__(self) -> Any:
-        """Give the next batch."""
-        self.position += 1
-        return next(self._batches)
+    def take(self, count: int) -> list[Any]:
+        """Give the next ``count`` batches, as few as may be."""
+        start, self.position = self.position, self.position + count
+        if not self._ahead:
+            self._begin, self._end = start, self.position
+            return [next(self._loaded)]
+        found = []
+        while start < self.position:
+            if start >= self._end:
+                self._begin = start - start % self._together
+                self._end, self._rows = self._begin + self._together, next(self._loaded)
+            until = min(self._end, self.position)
+            found.append(self._between(start, until))
+            start = until
+        return found
+
+    def _between(self, start: int, until: int) -> Any:
+        if (start, until) == (self._begin, self._end):
+            return self._rows
+        size = [sum(self.sizes[p % len(self.sizes)] for p in range(self._begin, end)) for end in (start, until)]
+        return merge_rows([self._rows], [slice(*size)], Padding())

@@ -66,7 +66,7 @@ class ClassificationHead(Head):
         labels = self.labels(inputs)
         if self._kind(labels) == "single_label_classification":
             return (labels != IGNORED_LABEL).sum()
-        return torch.tensor(len(labels), device=labels.device)
+        return torch.full((), len(labels), device=labels.device)
 
 
 class TokenHead(Head):

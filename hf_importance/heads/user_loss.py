@@ -111,7 +111,7 @@ class ExampleLossHead(Head):
     def items(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count the examples."""
         some = next(value for value in inputs.values() if isinstance(value, Tensor))
-        return torch.tensor(batch_size_of(inputs), device=some.device)
+        return torch.full((), batch_size_of(inputs), device=some.device)
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give the entries that the model takes; labels it is not given, so that it computes no loss of its own."""

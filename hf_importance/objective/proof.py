@@ -71,7 +71,7 @@ def compare(
     if not loss.requires_grad or any(not part.requires_grad for part in logits):
         return None
     # As large as the sum of the examples' own: a mean over many would underflow in half precision.
-    scale = torch.as_tensor(items, dtype=loss.dtype, device=loss.device).reshape(loss.shape)
+    scale = (torch.zeros_like(loss) + items).to(loss.dtype)
     for sources in _sources(logits):
         found = torch.autograd.grad(loss, sources, scale, retain_graph=True, allow_unused=True)
         if all(part is not None for part in found):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_importance.batches.lengths import sort_by_length
+from hf_importance.batches.lengths import in_passes
 from hf_importance.batches.pool import Padding
 from hf_importance.batches.reserve import Population, Reserve, ReserveDataset, reserve_sizes, reserve_unit
 from hf_importance.batches.streams import Lockstep, Stream
@@ -213,24 +213,22 @@ class Feed:
         if self._reserve is None:
             rank = self._ranks.rank
             source = ReserveDataset(data, self.loader.collate_fn, sizes, self._seed, rank, drawn_from)
-            ahead = 8 if pool.varies else len(sizes)  # two batches where they come in quarters
             position, parts = self.state.reserve, self.state.parts
             if parts != len(sizes):  # resumed with other pools: go on behind those that were drawn
                 position = -(-position // parts) * len(sizes)
-            self._reserve = Reserve(source, self.loader, position, ahead)
+            # A batch where they come in quarters, else the rest of a pool.
+            self._reserve = Reserve(source, self.loader, position, 4 if pool.varies else len(sizes))
         elif self._reserve.sizes != sizes:
             raise ValueError(
                 f"A sampler asked for a pool of {pool.size} examples after pools of another size: say so, with "
                 "Pool(..., varies=True)."
             )
         wanted = (pool.size - size) // reserve_unit(size) if pool.varies else len(sizes)
-        return list(itertools.islice(self._reserve, wanted))
+        return self._reserve.take(wanted)
 
-    def by_length(self, batches: list[Any]) -> list[Any]:
-        """Sort texts that are still on the host by length, where that saves padding."""
-        if not batches or self.streaming:
-            return batches
-        return sort_by_length(batches, self._scoring_batch_size, self.padding) or batches
+    def in_passes(self, rest: list[Any]) -> list[Any]:
+        """Split what completes a pool, still on the host, into what a forward pass scores; texts by their length."""
+        return rest if self.streaming else in_passes(rest, self._scoring_batch_size, self._batch_size, self.padding)
 
     # ---- State ----
 

@@ -76,6 +76,7 @@ class Ledger:
         """A step begins; None: one that is nobody's business, since importance sampling is off for good."""
         self.step = self.watch.step = step
         if step is not None:
+            step.doubted = not self.state.proven
             self.watch.begin(step)
         return step
 
@@ -123,18 +124,21 @@ class Ledger:
         if step.problem is not None:
             return None, [*([] if step.kind == "pool" else [0.0] * figures_of(self.sampler, self.table)), 1.0, 0.0]
         assert self.objective.scale is not None
-        scores, index, items, evidence = step.read()
-        against, proof = self.watch.judge(step, evidence)
+        found = step.read() if step.kind != "pool" else []  # a pool's was read when it was scored
+        against, proof = self.watch.judge(step)
         judged = [max(against, float(step.problem is not None)), proof]
         if step.kind == "pool":
             return None, judged
+        sizes = tuple(len(part) for part in found[: len(step.outputs)])
+        scores, items = torch.cat(found[: len(sizes)]), torch.cat(found[len(sizes) :])
+        indices = [index for _, index, _ in step.outputs if index is not None]
+        index = torch.cat(indices) if indices else None
         weights = torch.ones_like(scores)
         if step.given is not None and step.represents is not None:
             scores = scores / step.given  # they were counted with their weights
             weights = step.represents
         self.watch.scorer.check(scores)
         empty = 0.0 if self.objective.scale.over_step else float((items == 0).sum())
-        sizes = tuple(len(found) for found, _, _ in step.outputs)
         kind = "visits" if step.kind == "visits" else "batch"
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
         return seen, [*figures(self.sampler, seen), empty, float(items.sum()), float(len(scores)), *judged]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.batches.entries import batch_size_of, without_index
+from hf_importance.batches.lengths import lengths_of
 from hf_importance.batches.pool import PooledBatches, keep_own, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.visits import Order, visit_batches
@@ -24,6 +25,7 @@ from hf_importance.run.feed import Feed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
+from hf_importance.transfer import to_device
 
 # Share of the mean that every score of the user's own is raised by.
 FLOOR = 0.01
@@ -90,17 +92,15 @@ class Pools:
         with self.report.scoring():
             for batch in batches:
                 rest = self.feed.rest_of(planned, iterator)
-                step.problem = step.problem or not_rows(
-                    [batch, *rest], [self.objective.rows_in(part) for part in [batch, *rest]]
-                )
+                parts = [without_index(part)[0] for part in [batch, *rest]]
+                step.problem = step.problem or not_rows(parts, [self.objective.rows_in(part) for part in parts])
                 if step.problem is not None:
                     break
-                parts = [without_index(part) for part in [batch, *self.feed.by_length(rest)]]
-                pools.append(PooledBatches([self.prepare(part) for part, _ in parts], self.feed.padding))
-                raw.append(
-                    PooledBatches([part for part, _ in parts], self.feed.padding) if self.prepares else pools[-1]
-                )
-                indices += [index for _, index in parts if index is not None]
+                pool = [without_index(part) for part in [batch, *self.feed.in_passes(rest)]]
+                indices += [index for _, index in pool if index is not None]
+                given = PooledBatches([to_device(part, self.clock.device) for part, _ in pool], self.feed.padding)
+                pools.append(PooledBatches([self.prepare(part) for part in given.batches], self.feed.padding))
+                raw.append(given if self.prepares else pools[-1])
             step.place = self.feed.where()
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
@@ -128,8 +128,8 @@ class Pools:
     ) -> tuple[list, Tensor]:
         # Where resuming, the Trainer loads the random state behind this: scoring must not move it.
         with isolated_rng(key_to_seed(self.facts.seed, self.ranks.rank, self.facts.step(), 7)):
-            scores, items = self._score(planned, pools)
-        index = torch.cat([part.cpu() for part in indices]) if indices else None
+            scores, items, lengths = self._score(step, planned, pools)
+        index = torch.cat(indices) if indices else None
         sizes = tuple(len(pool) for pool in pools)
         seen = step.pool = Scored(scores, index, pools[0].sizes[0], 0, torch.ones_like(scores), sizes)
         # What a uniform step would have counted in expectation, and what the own batches count.
@@ -139,7 +139,7 @@ class Pools:
         found = [*figures(self.sampler, seen), 0.0, float(torch.cat(items).sum()), float(len(scores))]
         bad = self.ranks.averaged == 1 < self.ranks.size and counts[0] == 0
         expected, own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
-        step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else None
+        step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else step.problem
         step.blocked = blocked > 0
         if step.blocked:
             return [], torch.tensor(0)
@@ -147,11 +147,12 @@ class Pools:
         if not finite:
             self.clock.whole_batch()  # all of the own batch is trained on
         drawn, trained = [], []
-        for (pool, given_back), (rows, weights) in zip(
-            zip(pools, raw, strict=True), self._kept(seen, pools, share, finite), strict=True
-        ):
+        kept = self._kept(seen, pools, share, finite)
+        for micro, (pool, given_back, (rows, weights)) in enumerate(zip(pools, raw, kept, strict=True)):
             if finite:
-                batch, given = stand_for(given_back, rows, weights, share)
+                # A user's _prepare_inputs may have made other columns.
+                width = None if self.prepares or not lengths else int(lengths[micro][rows].max())
+                batch, given = stand_for(given_back, rows, weights, share, width)
             else:
                 batch, given = keep_own(given_back, share)
             drawn.append(batch)
@@ -167,7 +168,7 @@ class Pools:
             step.problem, step.blocked = NO_ITEMS.format(step=self.facts.step() + 1), True
         step_items = step_items or 1.0  # else all of a rank's own labels are ignored, and its loss is 0
         self.objective.step_items = step_items
-        return drawn, torch.tensor(step_items, device=self.clock.device)
+        return drawn, torch.full((), step_items, device=self.clock.device)
 
     def _kept(
         self, seen: Scored, pools: list[PooledBatches], share: float, finite: bool
@@ -198,20 +199,31 @@ class Pools:
         )
         return self.sampler.keep(pool)
 
-    def _score(self, planned: Pool, pools: list[PooledBatches]) -> tuple[Tensor, list[Tensor]]:
-        """Give the scores of all pools together, and the item count of each batch of each; on the CPU, float64."""
+    def _score(
+        self, step: Step, planned: Pool, pools: list[PooledBatches]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Give the scores of all pools together, the items of each batch of each, and where texts end, if anywhere.
+
+        All are float64, on the CPU.
+        """
         scale, scorer, batch_size = self.objective.scale, self.scorer, self.facts.batch_size
         assert scale is not None
         # A stream may end sooner on one rank than on another, and a sharded model waits in each pass for all.
         waits = self.waits_in_passes and self.feed.streaming
         passes = scorer.passes(planned.size, pools[0], batch_size, planned.varies) if waits else 0
         scores = [scorer(p, scorer.largest_pass(p.in_lengths, batch_size, planned.varies), passes) for p in pools]
-        items = [scale.items(batch) for pool in pools for batch in pool.batches]
-        # The one wait for the device of an importance step: scores and counts come to the host together.
-        on_host = torch.cat([*scores, torch.stack(items)]).cpu().double()
-        found, counts = on_host.split([len(on_host) - len(items), len(items)])
-        scorer.check(found)
-        return found, list(counts.split([len(pool.sizes) for pool in pools]))
+        batches = [batch for pool in pools for batch in pool.batches]
+        items = torch.stack([scale.items(batch) for batch in batches])
+        lengths = [lengths_of(batch, self.feed.padding) for batch in batches]
+        known = [one for one in lengths if one is not None]
+        # The one wait for the device of an importance step: all comes to the host together.
+        step.send([*scores, items, *(known if len(known) == len(lengths) else [])])
+        found = step.read()
+        on_host, counts, ends = torch.cat(found[: len(pools)]), found[len(pools)], found[len(pools) + 1 :]
+        scorer.check(on_host)
+        sizes = [len(pool) for pool in pools]
+        ends = list(torch.cat(ends).long().split(sizes)) if ends else []
+        return on_host, list(counts.split([len(pool.sizes) for pool in pools])), ends
 
     def probe(self, batch: Any) -> int:
         """Score a batch for its time alone; a model that draws random numbers when it scores leaves no trace.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import INDEX, WEIGHTS, batch_size_of, without_index
+from hf_importance.batches.entries import INDEX, WEIGHTS, batch_size_of, index_of, without_index
 from hf_importance.checks import wrong_with_batch
 from hf_importance.objective.loss import Objective
 from hf_importance.ranks import Ranks
@@ -170,7 +170,7 @@ class Run:
         assert self.step is not None
         ours = (WEIGHTS, INDEX) if self.step.kind != "batch" else (INDEX,)
         self.step.rows = [self.objective.rows_in(batch) for batch in batches]
-        self.step.micro = [(batch.get(WEIGHTS) if WEIGHTS in ours else None, batch.get(INDEX)) for batch in batches]
+        self.step.micro = [(batch.get(WEIGHTS) if WEIGHTS in ours else None, index_of(batch)) for batch in batches]
         return [_without(batch, ours) for batch in batches], items
 
     def _as_they_came(self, batches: list, items: Any) -> tuple[list, Any]:
@@ -215,7 +215,7 @@ class Run:
         # The items that a uniform step of so many examples would have counted.
         items = examples * self.ranks.averaged * self.state.items / self.state.examples
         self.objective.step_items = items
-        return self._handed((handed.batches, torch.tensor(items, device=self.clock.device)))
+        return self._handed((handed.batches, torch.full((), items, device=self.clock.device)))
 
     def up_to_date_table(self) -> Table | None:
         """Give the table, if there is one, with all that was found in it; on several ranks as they last exchanged it.

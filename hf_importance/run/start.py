@@ -60,15 +60,16 @@ def indexed_loader(trainer: Trainer, make: Callable[[], DataLoader]) -> DataLoad
         make: The Trainer's own ``get_train_dataloader``.
     """
     data, collator = trainer.train_dataset, trainer.data_collator
+    shared = bool(trainer.args.accelerator_config.dispatch_batches)
     try:
         # Columns that the model does not take are removed here, as the Trainer does it for a dataset of its own.
         if isinstance(data, datasets.Dataset):
             trainer.train_dataset = IndexedDataset(trainer._remove_unused_columns(data, description="training"))
-            trainer.data_collator = IndexedCollator(collator)
+            trainer.data_collator = IndexedCollator(collator, shared)
         else:
             trainer.train_dataset = IndexedDataset(data)
             inner = trainer._get_collator_with_removed_columns(collator, description="training")
-            trainer.data_collator = IndexedCollator(inner)
+            trainer.data_collator = IndexedCollator(inner, shared)
         return make()
     finally:
         trainer.train_dataset, trainer.data_collator = data, collator
@@ -235,7 +236,8 @@ def _padding(trainer: Trainer, head: Head) -> Padding:
     # Positions in a text stay right only if what is added comes behind it.
     side = "right" if "start_positions" in head.label_names else getattr(processing, "padding_side", "right")
     unread = frozenset({"labels"}) if getattr(head, "shift", False) else frozenset()
-    return Padding(side=side, unread_first=unread, values={**labels, **tokens})
+    multiple = getattr(trainer.data_collator, "pad_to_multiple_of", None) or 1
+    return Padding(side=side, multiple=multiple, unread_first=unread, values={**labels, **tokens})
 
 
 def _saved(trainer: Trainer, sampler: Sampler) -> dict[str, Any] | None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -24,12 +23,13 @@ from hf_importance.reporting.report import Totals
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import FeedState
 from hf_importance.samplers.sampler import Scored
+from hf_importance.transfer import Fetched, to_device
 
 logger = logging.getLogger(__name__)
 
 # Uniform steps in which the loss is held against its head: all of the first, then one of so many; where the logits
 # are few, and it costs next to nothing, all. And one of so many steps by importance; where the logits are few what is
-# found in the others waits on the device for that one.
+# found in the others waits on the device for the one behind that.
 FIRST, EVERY, EVERY_DRAWN = 10, 10, 16
 FEW_LOGITS = 1 << 16
 OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: %s."
@@ -51,18 +51,24 @@ class Step:
         counts: What it trains on and scores, on this rank.
         given: Of visits: their weights, shape ``(m,)``.
         represents: Of visits: how many uniformly drawn examples each stands for, shape ``(m,)``.
-        outputs: What its training passes left on the device, of each micro-batch: scores, indices, item count.
+        outputs: What its training passes left, of each micro-batch: scores and item count on the device, indices.
         pool: Of a pool: what was scored.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
         micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
         rows: Examples in each.
         proves: Whether the loss of this step is held against its head.
-        judged: Whether the outcome is waited for.
-        evidence: What came of it, of each micro-batch.
+        judged: Whether the outcome is read.
+        evidence: What came of it: of steps that read none, and of each micro-batch.
         begun: Training steps begun.
         returned: Of each, the loss that was computed in it.
-        differs: Of each, on the device, whether another was descended; float32, 0 or 1.
+        differs: Of steps before this one, and of each of these, on the device, whether another was descended;
+            float32, shape ``(1,)``, 0 or 1.
+        doubted: Whether these must be known at the next step: nothing was proved yet.
+        fetched: What is on its way to the host.
+        sent: How many of the evidence, and of what differs, are in it.
+        late: What differs, where it was not.
+        figures: Of the evidence in it, once it was read.
         losses: Losses computed in them.
         descended: How often a backward pass began at one of these, or at what was made of it.
         problem: What stands in the way of importance sampling, found in this step.
@@ -88,6 +94,11 @@ class Step:
     begun: int = 0
     returned: list[Tensor | None] = field(default_factory=list)
     differs: list[Tensor] = field(default_factory=list)
+    doubted: bool = False
+    fetched: Fetched | None = None
+    sent: tuple[int, int] = (0, 0)
+    late: Fetched | None = None
+    figures: list[Tensor] = field(default_factory=list)
     losses: int = 0
     descended: int = 0
     problem: str | None = None
@@ -121,27 +132,21 @@ class Step:
         """Note that a backward pass came to a loss."""
         self.descended += 1
 
-    def read(self) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
-        """Give what the training passes left, on the CPU: the one wait for the device of a uniform step.
+    def send(self, parts: list[Tensor]) -> None:
+        """Begin to copy these to the host, and all that is to be judged: vectors, at least one."""
+        self.sent = len(self.evidence), len(self.differs)
+        self.fetched = Fetched([*parts, *[one.figures for one in self.evidence], *self.differs])
 
-        Returns:
-            Scores, float64, and indices of what was trained on; the item count of each micro-batch, float64; and the
-            figures of each evidence.
-        """
-        scores = [found for found, _, _ in self.outputs]
-        items = [count.float()[None] for _, _, count in self.outputs]
-        others = [other[None] for other in self.differs]
-        figures = [one.figures for one in self.evidence]
-        parts = [scores, items, others, figures]
-        sizes = [sum(map(len, part)) for part in parts]
-        device = next(part[0].device for part in parts if part)
-        host: Any = torch.cat([one.to(device) for part in parts for one in part]).cpu().double()
-        found, counts, differing, evidence = host.split(sizes)
-        if differing.any():
+    def read(self) -> list[Tensor]:
+        """Give what was sent, float64, on the CPU; the one wait for the device, for what it did long ago."""
+        assert self.fetched is not None
+        found, (evidence, differs) = self.fetched.read(), self.sent
+        parts = len(found) - evidence - differs
+        self.figures = found[parts : parts + evidence]
+        late = [] if self.late is None else self.late.read()
+        if any(bool(one) for one in (*found[parts + evidence :], *late)):
             self.problem = "the loss that is descended is another than compute_loss computed: something is added to it"
-        indices = [index for _, index, _ in self.outputs if index is not None]
-        index = torch.cat(indices).cpu().long() if indices else None
-        return found, index, counts, list(evidence.split(5)) if len(evidence) else []
+        return found[:parts]
 
 
 @dataclass
@@ -186,25 +191,25 @@ class Watch:
             self.objective.leave_to_trainer()
 
     def begin(self, step: Step) -> None:
-        """A step begins: see whether its loss is to be proved."""
+        """A step begins: see whether its loss is to be proved, and whether what is known of others is read."""
         self.step = step
         if step.kind == "batch":
             step.proves = self._few or self._uniform < FIRST or self._uniform % EVERY == 0
             self._uniform += 1
         else:
             self._drawn += 1
-            due = self._drawn % EVERY_DRAWN == 0
-            step.proves, step.judged = due or self._few, due or step.kind == "visits"
+            step.proves = self._few or self._drawn % EVERY_DRAWN == 0
+            step.judged = step.kind == "visits" or self._drawn % EVERY_DRAWN == 1
+        if step.judged:
+            step.evidence, self._evidence = self._evidence, []
+            step.differs, self._differs = self._differs, []
 
     def judges(self, step: Step) -> bool:
-        """Whether what a finished step found is read now, with what was left of others; else it is left for later."""
-        self._evidence += step.evidence
-        self._differs += step.differs
-        if not step.judged:
-            return False
-        step.evidence, self._evidence = self._evidence, []
-        step.differs, self._differs = self._differs, []
-        return True
+        """Whether what a finished step found is judged now; what it did not send is left for later."""
+        evidence, differs = step.sent
+        self._evidence += step.evidence[evidence:]
+        self._differs += [] if step.late is not None else step.differs[differs:]
+        return step.judged
 
     @contextlib.contextmanager
     def training_on(self, inputs: Any) -> Iterator[None]:
@@ -220,7 +225,9 @@ class Watch:
         ours = None if self.step is None or not self.step.returned else self.step.returned[-1]
         if ours is not None and self.step is not None:
             other = (loss.detach() != ours) & ~(loss.detach().isnan() & ours.isnan())
-            self.step.differs.append(other.float().reshape(()))
+            self.step.differs.append(other.float().reshape(1))
+            if self.step.doubted and self.step.begun == len(self.step.micro):
+                self.step.late = Fetched(self.step.differs[self.step.sent[1] :])
 
     def loss(
         self,
@@ -244,7 +251,7 @@ class Watch:
             step.problem = step.problem or f"the loss is computed of {rows} examples of {whole[0]} ({self.own_code})"
             weights = None
         if weights is not None:
-            weights = weights.to(next(v.device for v in batch.values() if isinstance(v, Tensor)), non_blocking=True)
+            weights = to_device(weights, next(v.device for v in batch.values() if isinstance(v, Tensor)))
         listens = step.kind != "pool"
         loss, outputs, found = objective.loss(own, model, batch, weights, wanted or listens, num_items, step.proves)
         if isinstance(found, str):
@@ -260,7 +267,7 @@ class Watch:
         return loss, outputs
 
     def _hear(self, step: Step, outputs: Any, batch: dict[str, Any], weights: Tensor | None, index: Any) -> None:
-        """Keep, on the device, what the logits of a training pass say."""
+        """Keep what the logits of a training pass say, and with the last of a step send it to the host."""
         objective = self.objective
         assert objective.head is not None and objective.scale is not None
         try:
@@ -274,16 +281,16 @@ class Watch:
             step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
             return
         step.outputs.append((scores if weights is None else scores * weights, index, items))
+        if step.begun == len(step.micro) == len(step.outputs):  # the copy runs beside the backward pass
+            step.send([found for found, _, _ in step.outputs] + [count[None] for _, _, count in step.outputs])
 
-    def judge(self, step: Step, found: list[Tensor]) -> tuple[float, float]:
-        """Say whether the evidence of a step speaks against the head, and whether for it; 0 or 1 each.
-
-        Args:
-            step: What it is of.
-            found: The figures of its evidence, on the CPU.
-        """
-        judged = [verdict(figures, one.tolerance) for figures, one in zip(found, step.evidence, strict=True)]
-        against = next((figures for figures, (bad, _) in zip(found, judged, strict=True) if bad), None)
+    def judge(self, step: Step) -> tuple[float, float]:
+        """Say whether the evidence that was read speaks against the head, and whether for it; 0 or 1 each."""
+        judged = [
+            (figures, verdict(figures, one.tolerance))
+            for figures, one in zip(step.figures, step.evidence, strict=False)
+        ]
+        against = next((figures for figures, (bad, _) in judged if bad), None)
         if against is not None:
             step.problem = f"the loss is another than the model's head says ({describe(against)}). {WHAT_TO_DO}"
-        return float(against is not None), float(any(good for _, good in judged))
+        return float(against is not None), float(any(good for _, (_, good) in judged))
