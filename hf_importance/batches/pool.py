@@ -240,7 +240,7 @@ def has_columns(name: str, value: Any, columns: int) -> bool:
 
 
 def stand_for(
-    pool: PooledBatches, rows: Tensor, weights: Tensor, share: float, width: int | None = None
+    pool: PooledBatches, rows: Tensor, weights: Tensor, share: float, width: int | None = None, own: int | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Make the batch of kept examples that stands for the Trainer's own batch, the first of the pool.
 
@@ -252,6 +252,7 @@ def stand_for(
             item count is multiplied too. Rounding makes of it ``n / b``, which differs where batches differ in size;
             the loss weighs each batch by ``b`` all the same, as the uniform step does.
         width: As for :meth:`PooledBatches.take`.
+        own: Examples of the Trainer's own batch, ``b``, where they are not the first of the pool.
 
     Returns:
         The batch, with its entry ``importance_weights``, on the device; and the weights of its rows, on the CPU,
@@ -259,7 +260,7 @@ def stand_for(
     """
     batch, order = pool.take(rows, width)
     weights = weights[order].float()
-    return _weighted(batch, weights * (share * pool.sizes[0] / len(rows))), weights
+    return _weighted(batch, weights * (share * (own or pool.sizes[0]) / len(rows))), weights
 
 
 def keep_own(pool: PooledBatches, share: float) -> tuple[dict[str, Any], Tensor]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from hf_importance.checkpoint.schema import COUNT, number
+from hf_importance.checkpoint.schema import COUNT, listed, number
 from hf_importance.objective.loss import Objective
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed
-from hf_importance.run.pools import NO_ITEMS, figures, figures_of
+from hf_importance.run.pools import NO_ITEMS, figures, figures_of, nothing_compared
 from hf_importance.run.step import Step, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler, Scored
@@ -43,6 +43,8 @@ class RunState:
     drawn: bool = False  # whether the last step was
     items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
     examples: Annotated[float, _SUM] = 0.0  # examples in them
+    # What the last step compared, see Sampler.compare, on this rank, until it is in the next one's sum over ranks.
+    compared: Annotated[list[float], listed(_SUM)] = field(default_factory=list)
     proven: bool = False  # whether the loss was seen to be what its head says, and never not to be
 
 
@@ -71,12 +73,13 @@ class Ledger:
         self.state = RunState()
         self.step: Step | None = None
         self.problem: str | None = None
+        self.state.compared = nothing_compared(self.sampler)
 
     def begin(self, step: Step | None) -> Step | None:
         """A step begins; None: one that is nobody's business, since importance sampling is off for good."""
         self.step = self.watch.step = step
         if step is not None:
-            step.doubted = not self.state.proven
+            step.doubted, step.compared = not self.state.proven, self.state.compared
             self.watch.begin(step)
         return step
 
@@ -141,7 +144,15 @@ class Ledger:
         empty = 0.0 if self.objective.scale.over_step else float((items == 0).sum())
         kind = "visits" if step.kind == "visits" else "batch"
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
-        return seen, [*figures(self.sampler, seen), empty, float(items.sum()), float(len(scores)), *judged]
+        totals = [empty, float(items.sum()), float(len(scores))]
+        return seen, [*figures(self.sampler, seen, step.compared), *totals, *judged]
+
+    def _compare(self, step: Step) -> list[float]:
+        """Hold the scores of what was kept against those that its training passes found."""
+        if step.kept is None or step.heard is None or step.problem is not None:
+            return nothing_compared(self.sampler)
+        scored, weights = step.kept
+        return list(self.sampler.compare(scored, torch.cat(step.heard.read()) / weights))  # counted with them
 
     def _take_in(self, step: Step, seen: Scored | None, summed: list[float]) -> None:
         before = self.drawing()
@@ -159,6 +170,7 @@ class Ledger:
                 self._learn(step, step.pool, step.sums)
             elif seen is not None:
                 self._learn(step, seen, summed[:-2])
+        self.state.compared = self._compare(step)
         self.report.add(step.counts)
         self.count_switch(before)
 
@@ -180,8 +192,11 @@ class Ledger:
         if count:
             momentum = self.sampler.momentum
             self.state.tau = momentum * self.state.tau + (1 - momentum) * tau
-            self.sampler.learn(tau, measured)
-        if step.kind != "visits":
+            own = len(measured) - len(step.compared)
+            if any(measured[own:]):
+                self.sampler.learn_compared(measured[own:])
+            self.sampler.learn(tau, measured[:own])
+        if step.represents is None:
             self.state.items += items
             self.state.examples += examples
 

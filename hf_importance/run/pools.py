@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
 from typing import Any
@@ -21,7 +21,7 @@ from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, Totals
 from hf_importance.run.clock import Clock
-from hf_importance.run.feed import Feed
+from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
@@ -35,17 +35,27 @@ NO_ITEMS = (
 )
 
 
-def figures(sampler: Sampler, seen: Scored) -> list[float]:
-    """Give Σ w, Σ w Ĝ, Σ w Ĝ² and what the sampler measures; w is 1 where examples were drawn uniformly."""
+def figures(sampler: Sampler, seen: Scored, compared: Sequence[float]) -> list[float]:
+    """Give Σ w, Σ w Ĝ, Σ w Ĝ², what the sampler measures, and what it compared in the step before.
+
+    w is 1 where examples were drawn uniformly.
+    """
     w, scores = seen.weights, seen.scores
-    return [float(w.sum()), float((w * scores).sum()), float((w * scores.square()).sum()), *sampler.measure(seen)]
+    sums = [float(w.sum()), float((w * scores).sum()), float((w * scores.square()).sum())]
+    return [*sums, *sampler.measure(seen), *compared]
+
+
+def nothing_compared(sampler: Sampler) -> list[float]:
+    """Give the figures of no pairs."""
+    none = torch.empty(0, dtype=torch.float64)
+    return list(sampler.compare(none, none))
 
 
 def figures_of(sampler: Sampler, table: Table | None) -> int:
     """Give how many figures there are of a step in all: those, and its items."""
     one = torch.ones(1, dtype=torch.float64)
     seen = Scored(one, None if table is None else torch.zeros(1, dtype=torch.int64), 1, 1, one, (1,))
-    return len(figures(sampler, seen)) + 3
+    return len(figures(sampler, seen, nothing_compared(sampler))) + 3
 
 
 @dataclass
@@ -105,7 +115,21 @@ class Pools:
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
             with self.clock.scoring(lambda: sum(map(len, pools)), share):
-                return self._keep(step, planned, pools, raw, indices, share)
+                return self._keep(step, planned, pools, raw, indices)
+
+    def score_visits(self, step: Step, planned: Pool, handed: Handed, items: float) -> tuple[list, Tensor]:
+        """Score what visits name, and keep a part, as :meth:`score_and_keep`; ``items`` are a uniform example's."""
+        with self.report.scoring():
+            given = [without_index(batch) for batch in handed.batches]
+            problems = (not_rows([part], [self.objective.rows_in(part)]) for part, _ in given)
+            step.problem = next(filter(None, problems), None)
+            step.place = self.feed.where()
+            if self._in_the_way(step):
+                return [], torch.tensor(0)
+            raw = [PooledBatches([to_device(part, self.clock.device)], self.feed.padding) for part, _ in given]
+            pools = [PooledBatches([self.prepare(part) for part in pool.batches], pool.padding) for pool in raw]
+            indices = [index for _, index in given if index is not None]
+            return self._keep(step, planned, pools, raw if self.prepares else pools, indices, items)
 
     def _in_the_way(self, step: Step) -> bool:
         """Whether a rank found, before it scores, that it cannot; where ranks score apart they hear of it later."""
@@ -124,19 +148,24 @@ class Pools:
         pools: list[PooledBatches],
         raw: list[PooledBatches],
         indices: list[Tensor],
-        share: float,
+        items_each: float | None = None,
     ) -> tuple[list, Tensor]:
         # Where resuming, the Trainer loads the random state behind this: scoring must not move it.
         with isolated_rng(key_to_seed(self.facts.seed, self.ranks.rank, self.facts.step(), 7)):
             scores, items, lengths = self._score(step, planned, pools)
         index = torch.cat(indices) if indices else None
-        sizes = tuple(len(pool) for pool in pools)
-        seen = step.pool = Scored(scores, index, pools[0].sizes[0], 0, torch.ones_like(scores), sizes)
+        sizes, share = tuple(len(pool) for pool in pools), planned.kept / self.facts.batch_size
+        # Pools that visits name stand for a whole batch each, and were scored with the weights that they bring.
+        visited = step.represents is not None
+        stands = step.represents if step.represents is not None else torch.ones_like(scores)
+        owns = [self.facts.batch_size if visited else pool.sizes[0] for pool in pools]
+        seen = step.pool = Scored(scores / stands, index, owns[0], 0, stands, sizes)
         # What a uniform step would have counted in expectation, and what the own batches count.
-        shares = sum(float(n.sum()) * pool.sizes[0] / len(pool) for pool, n in zip(pools, items, strict=True))
+        shares = sum(float(n.sum()) * own / len(pool) for pool, own, n in zip(pools, owns, items, strict=True))
         counts = [shares, sum(float(n[0]) for n in items)]
+        counts = counts if items_each is None else [sum(owns) * items_each] * 2
         # The one collective of an importance step: what will be learned from it, and its items.
-        found = [*figures(self.sampler, seen), 0.0, float(torch.cat(items).sum()), float(len(scores))]
+        found = [*figures(self.sampler, seen, step.compared), 0.0, float(torch.cat(items).sum()), float(len(scores))]
         bad = self.ranks.averaged == 1 < self.ranks.size and counts[0] == 0
         expected, own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
         step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else step.problem
@@ -146,23 +175,30 @@ class Pools:
         finite = math.isfinite(step.sums[1]) and math.isfinite(step.sums[2])
         if not finite:
             self.clock.whole_batch()  # all of the own batch is trained on
-        drawn, trained = [], []
-        kept = self._kept(seen, pools, share, finite)
+        drawn, trained, scored, weighed = [], [], [], []
+        kept = self._kept(seen, [len(pool) for pool in pools] if visited else owns, owns, share, finite)
         for micro, (pool, given_back, (rows, weights)) in enumerate(zip(pools, raw, kept, strict=True)):
-            if finite:
+            stands = seen.weights[sum(sizes[:micro]) : sum(sizes[: micro + 1])]
+            if finite or visited:
                 # A user's _prepare_inputs may have made other columns.
                 width = None if self.prepares or not lengths else int(lengths[micro][rows].max())
-                batch, given = stand_for(given_back, rows, weights, share, width)
+                batch, given = stand_for(given_back, rows, weights, share, width, owns[micro])
             else:
                 batch, given = keep_own(given_back, share)
             drawn.append(batch)
-            trained.append(torch.zeros(len(pool)).index_add_(0, rows, weights.float()))
-            self.report.weights(given)
+            trained.append(torch.zeros(len(pool)).index_add_(0, rows, weights.float()) * stands)
+            in_order = rows.sort().values  # as the batch is
+            given = given * stands[in_order]
+            scored.append(seen.scores[sum(sizes[:micro]) :][in_order])
+            weighed.append(given * (share * owns[micro] / len(rows)))
+            self.report.weights(given.float())
             step.counts.examples_trained += len(rows)
             step.counts.examples_distinct += len(rows.unique())
-            step.counts.examples_saved += pool.sizes[0] - len(rows)
+            step.counts.examples_saved += owns[micro] - len(rows)
             step.counts.examples_scored += len(pool)
         step.trained = torch.cat(trained).double()
+        if finite and step.compared:
+            step.kept = torch.cat(scored), torch.cat(weighed)
         step_items = share * ([expected, own] if self.ranks.averaged > 1 else counts)[0 if finite else 1]
         if step_items == 0 and self.ranks.averaged == self.ranks.size:
             step.problem, step.blocked = NO_ITEMS.format(step=self.facts.step() + 1), True
@@ -171,15 +207,15 @@ class Pools:
         return drawn, torch.full((), step_items, device=self.clock.device)
 
     def _kept(
-        self, seen: Scored, pools: list[PooledBatches], share: float, finite: bool
+        self, seen: Scored, wholes: list[int], owns: list[int], share: float, finite: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Give of each pool the rows that are kept, and their weights; its own batch where scores are not finite."""
+        """Give of each pool the rows that are kept, and their weights; the first of it where scores are not finite."""
         if not finite:
-            return [(torch.arange(pool.sizes[0]), torch.ones(pool.sizes[0])) for pool in pools]
-        ends = list(accumulate((len(pool) for pool in pools), initial=0))
-        parts = zip(pools, starmap(slice, pairwise(ends)), strict=True)
-        found = [self._rows(seen, part, pool.sizes[0], share, micro) for micro, (pool, part) in enumerate(parts)]
-        weights = self.sampler.weigh(torch.cat([weights for _, weights in found]))
+            return [(torch.arange(whole), torch.ones(whole, dtype=torch.float64)) for whole in wholes]
+        parts = list(starmap(slice, pairwise(accumulate(seen.parts, initial=0))))
+        found = [self._rows(seen, p, own, share, m) for m, (p, own) in enumerate(zip(parts, owns, strict=True))]
+        stands = torch.cat([seen.weights[part][rows] for part, (rows, _) in zip(parts, found, strict=True)])
+        weights = self.sampler.weigh(torch.cat([weights for _, weights in found]) * stands) / stands
         sizes = [len(rows) for rows, _ in found]
         return list(zip((rows for rows, _ in found), weights.split(sizes), strict=True))
 

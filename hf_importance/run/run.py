@@ -9,6 +9,7 @@ all ranks know, so all take the same branch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from hf_importance.objective.loss import Objective
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, Totals
 from hf_importance.run.clock import Clock
-from hf_importance.run.feed import Feed
+from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.ledger import Ledger, RunState
 from hf_importance.run.pools import Pools
 from hf_importance.run.step import Step, Watch
@@ -202,6 +203,9 @@ class Run:
 
     def _visit(self, count: int) -> tuple[list, Tensor]:
         handed = self.feed.hand_out(count)
+        visits = self.feed.state.visits
+        if visits is not None and visits.kept is not None:
+            return self._visit_pools(handed, Pool(math.ceil(visits.batch_size), visits.kept, varies=True))
         sizes = [len(weights) for weights in handed.weights]
         step = self.ledger.begin(Step(self.facts.step(), "visits", drawn=not self.feed.visiting_uniformly))
         step.place = self.feed.where()
@@ -216,6 +220,16 @@ class Run:
         items = examples * self.ranks.averaged * self.state.items / self.state.examples
         self.objective.step_items = items
         return self._handed((handed.batches, torch.full((), items, device=self.clock.device)))
+
+    def _visit_pools(self, handed: Handed, planned: Pool) -> tuple[list, Tensor]:
+        """Score what visits name, and keep a part."""
+        step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True, represents=handed.represents.double()))
+        assert step is not None
+        kept = self.pools.score_visits(step, planned, handed, self.state.items / self.state.examples)
+        if step.blocked:
+            self.ledger.bar(step.problem)
+            return self._plainly([_without(batch, (WEIGHTS,)) for batch in handed.batches], None)
+        return self._handed(kept)
 
     def up_to_date_table(self) -> Table | None:
         """Give the table, if there is one, with all that was found in it; on several ranks as they last exchanged it.

@@ -49,26 +49,23 @@ class Step:
         drawn: Whether it is drawn by importance.
         place: Where reading stands behind it.
         counts: What it trains on and scores, on this rank.
-        given: Of visits: their weights, shape ``(m,)``.
-        represents: Of visits: how many uniformly drawn examples each stands for, shape ``(m,)``.
+        given: Of visits: their weights; ``represents``: how many uniform draws each stands for; shape ``(m,)``.
         outputs: What its training passes left, of each micro-batch: scores and item count on the device, indices.
         pool: Of a pool: what was scored.
+        kept: Of a pool: scores of what is kept, and what its loss is multiplied by, where the sampler compares them
+            with what training passes find, which is ``heard``; ``compared`` is what came of it in the step before.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
         micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
-        rows: Examples in each.
-        proves: Whether the loss of this step is held against its head.
-        judged: Whether the outcome is read.
+        proves: Whether the loss of this step is held against its head; ``judged``: whether the outcome is read.
         evidence: What came of it: of steps that read none, and of each micro-batch.
-        begun: Training steps begun.
-        returned: Of each, the loss that was computed in it.
-        differs: Of steps before this one, and of each of these, on the device, whether another was descended;
-            float32, shape ``(1,)``, 0 or 1.
+        rows: Examples in each of these.
+        begun: Training steps begun; ``returned``: of each, the loss that was computed in it.
+        differs: Of steps before this one, and of each of these, on the device, whether another was descended.
         doubted: Whether these must be known at the next step: nothing was proved yet.
         fetched: What is on its way to the host.
         sent: How many of the evidence, and of what differs, are in it.
-        late: What differs, where it was not.
-        figures: Of the evidence in it, once it was read.
+        late: What differs, where it was not. ``figures``: of the evidence in it, once it was read.
         losses: Losses computed in them.
         descended: How often a backward pass began at one of these, or at what was made of it.
         problem: What stands in the way of importance sampling, found in this step.
@@ -84,6 +81,9 @@ class Step:
     represents: Tensor | None = None
     outputs: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     pool: Scored | None = None
+    kept: tuple[Tensor, Tensor] | None = None
+    heard: Fetched | None = None
+    compared: list[float] = field(default_factory=list)
     trained: Tensor | None = None
     sums: list[float] | None = None
     micro: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
@@ -252,7 +252,7 @@ class Watch:
             weights = None
         if weights is not None:
             weights = to_device(weights, next(v.device for v in batch.values() if isinstance(v, Tensor)))
-        listens = step.kind != "pool"
+        listens = step.kind != "pool" or step.kept is not None
         loss, outputs, found = objective.loss(own, model, batch, weights, wanted or listens, num_items, step.proves)
         if isinstance(found, str):
             step.problem = step.problem or f"{found} ({self.own_code}). {WHAT_TO_DO}"
@@ -281,8 +281,12 @@ class Watch:
             step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
             return
         step.outputs.append((scores if weights is None else scores * weights, index, items))
-        if step.begun == len(step.micro) == len(step.outputs):  # the copy runs beside the backward pass
-            step.send([found for found, _, _ in step.outputs] + [count[None] for _, _, count in step.outputs])
+        if step.begun == len(step.micro) == len(step.outputs):
+            parts = [found for found, _, _ in step.outputs]  # the copy runs beside the backward pass
+            if step.kind == "pool":
+                step.heard = Fetched(parts)
+            else:
+                step.send(parts + [count[None] for _, _, count in step.outputs])
 
     def judge(self, step: Step) -> tuple[float, float]:
         """Say whether the evidence that was read speaks against the head, and whether for it; 0 or 1 each."""

@@ -38,6 +38,8 @@ class Visits:
         batch_size: Examples of a micro-batch on each rank, on average, at least 1; None: evenly split. Sizes differ by
             one at most.
         uniform: Whether they are drawn uniformly, so that the steps count as off.
+        kept: They are scored, and of what stands for a batch, about so many are kept by ``keep``; weights multiply.
+            ``batch_size`` is that of such a pool then. None: all are trained on.
     """
 
     index: Tensor
@@ -46,6 +48,7 @@ class Visits:
     represents: Tensor | None = None
     batch_size: float | None = None
     uniform: bool = False
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,13 +223,8 @@ class Sampler:
     def weigh(self, weights: Tensor) -> Tensor:
         """Bias the weights of what is kept in one optimizer step, over all its micro-batches on this rank.
 
-        A step is the same however it is cut into micro-batches, so what depends on more than one weight belongs here.
-
-        Args:
-            weights: What :meth:`keep` gave, float64, shape ``(n,)``.
-
-        Returns:
-            What they are trained with, shape ``(n,)``.
+        A step is the same however it is cut, so what depends on more than one weight belongs here: ``weights``, of
+        shape ``(n,)``, are what :meth:`keep` gave, and those returned what is trained with.
         """
         return weights
 
@@ -243,6 +241,13 @@ class Sampler:
             tau: Of this step alone; ``run.tau()`` is the average, this step in it.
             sums: What :meth:`measure` gave, over all ranks.
         """
+
+    def compare(self, scored: Tensor, found: Tensor) -> Sequence[float]:
+        """Give figures of what was kept of pools: its scores then, and in training, float64, shape ``(m,)`` each."""
+        return ()
+
+    def learn_compared(self, sums: Sequence[float]) -> None:
+        """Take in what ``compare`` gave of the step before, over all ranks."""
 
     # ---- Say ----
 
