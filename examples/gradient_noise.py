@@ -16,6 +16,8 @@ sketch), which leaves distances as they are. It is taken in two modes::
 With ``--history`` the run is by ``importance_method="history"`` with ``"constant_variance"``, and what is played are
 steps as its own sampler would draw them next, in ``train()``, of all training examples.
 
+With ``--perceptrons`` the models are small ones with dropout, on points made for it, for which no data is needed.
+
 "calibrated" is what ``Presample`` does: it draws by what the scores of pools were found to say of those in training.
 
     python examples/gradient_noise.py --data path/to/data --models path/to/models --tasks clothing --kappa 0.24
@@ -32,11 +34,14 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import transformers
 from remembered_scores import TASKS, Task
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_importance import History, ImportanceTrainer, ImportanceTrainingArguments, estimate_tau, resample
@@ -225,6 +230,46 @@ class Probe(TrainerCallback):
         model.train()
 
 
+class Perceptron(nn.Module):
+    """64 hidden units, with dropout before both layers."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.dropout = nn.Linear(20, 64), nn.Linear(64, 4), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Give the loss where there are labels, and the logits."""
+        logits = self.head(self.dropout(F.relu(self.hidden(self.dropout(x)))))
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def perceptrons(kinds: list[str], kappa: float) -> None:
+    """Train perceptrons on 2,000 points of four classes, one in twenty with a random label; print a row each."""
+    generator = torch.Generator().manual_seed(3)
+    centers, labels = torch.randn(4, 20, generator=generator) * 1.5, torch.randint(0, 4, (2000,), generator=generator)
+    points = centers[labels] + torch.randn(2000, 20, generator=generator)
+    noisy = torch.rand(2000, generator=generator) < 0.05
+    labels = torch.where(noisy, torch.randint(0, 4, (2000,), generator=generator), labels)
+    rows = [{"x": points[i], "labels": labels[i]} for i in range(2000)]
+    task = SimpleNamespace(train=rows, collator=default_collate)
+    print("| dropout | steps | tau | " + " | ".join(f"{kind}: cost | noise" for kind in kinds) + " |")
+    print("|--:|--:|--:|" + "--:|--:|" * len(kinds), flush=True)
+    for dropout, steps in itertools.product((0.0, 0.1, 0.3), (150, 600)):
+        model = Perceptron(dropout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(steps):
+            drawn = torch.randint(0, 2000, (32,))
+            optimizer.zero_grad()
+            model(points[drawn], labels[drawn])["loss"].backward()
+            optimizer.step()
+        cells = measure(model, task, list(range(2000)), 32, kappa, "train", kinds)
+        print("| " + " | ".join([f"{dropout}", f"{steps}", *cells]) + " |", flush=True)
+
+
 def by_history(name: str, task: Task, size: int, settings: argparse.Namespace) -> None:
     """Train a task by history and print a row an epoch."""
     print("| epoch | gain | batch | noise |\n|--:|--:|--:|--:|", flush=True)
@@ -250,10 +295,11 @@ def by_history(name: str, task: Task, size: int, settings: argparse.Namespace) -
 def main() -> None:
     """Train each task once and print a row an epoch and mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["clothing", "sst2"])
     parser.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--perceptrons", action="store_true", help="In place of tasks: small ones, with dropout.")
     parser.add_argument("--history", action="store_true", help="Of runs by history, in place of uniform ones.")
     parser.add_argument("--margin", type=float, default=1.1, help="Of history.")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -265,6 +311,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if settings.steps is not None:
         STEPS.update(dict.fromkeys(STEPS, settings.steps))
+    if settings.perceptrons:
+        perceptrons(settings.kinds, settings.kappa)
+        return
     for name in settings.tasks:
         task = TASKS[name](settings.data, settings.models)
         if settings.epochs is not None:
