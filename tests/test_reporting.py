@@ -155,7 +155,12 @@ def test_auto_is_parsed_from_the_command_line(tmp_path):
 def test_help_lists_the_choices_and_refuses_others(tmp_path, capsys):
     parser = HfArgumentParser(ImportanceTrainingArguments)
     shown = parser.format_help()
-    for choices in ("presample,history,auto,observe", "upper_bound,loss", "untouched,frozen", "bf16,fp16,fp32"):
+    for choices in (
+        "presample,history,auto,two_phase,observe",
+        "upper_bound,loss",
+        "untouched,frozen",
+        "bf16,fp16,fp32",
+    ):
         assert f"{{{choices}}}" in shown
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--importance_method", "prioritized"])
