@@ -127,11 +127,12 @@ def state_of(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     run.commit()
     run.report.sync()
+    compared = run.ranks.sum(run.state.compared) if run.state.compared else []
     sampler, table, scale, weights = run.sampler, run.table, run.objective.scale, run.objective.weights.state
     state = {
         "version": VERSION,
         "step": run.facts.step(),
-        "run": asdict(run.state),
+        "run": {**asdict(run.state), "compared": compared},
         "totals": asdict(run.report.totals),
         "feed": asdict(run.feed.state),
         "clock": asdict(run.clock.state),
@@ -221,7 +222,9 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
             saved["step"],
             " ".join(changed),
         )
-    run.ledger.state = from_state(RunState, saved["run"], "run")
+    nothing, run.ledger.state = run.state.compared, from_state(RunState, saved["run"], "run")
+    if run.ranks.rank > 0 or len(run.state.compared) != len(nothing):  # it is one list now: the first takes it
+        run.state.compared = nothing
     run.pools.precision.choose(run.state.scoring_dtype)
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:
