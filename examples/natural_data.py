@@ -24,7 +24,7 @@ def tokens(count: int, vocabulary: int, generator: np.random.Generator) -> np.nd
     """Draw tokens of a text by how frequent they are; 0 is left for padding."""
     shares, ranks = [0.0, *FREQUENT.values()], np.log([1, *FREQUENT])
     rank = np.ceil(np.exp(np.interp(generator.random(count), shares, ranks)) - 1e-9).astype(np.int64)
-    return 1 + rank % (vocabulary - 1)
+    return 1 + (rank - 1) % (vocabulary - 1)
 
 
 def texts(examples: int, longest: int, vocabulary: int, classes: int, even: bool) -> list[dict[str, Tensor]]:

@@ -35,7 +35,7 @@ def checked(file: Path) -> ModelCard:
 @pytest.fixture
 def trainer(tmp_path, digits):
     small = digits.select(range(128))
-    return toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path), small, eval_dataset=small)
+    return toys.run(ImportanceTrainer, toys.vit(), toys.always_on(tmp_path, kappa=1 / 3), small, eval_dataset=small)
 
 
 def test_a_run_writes_a_card_with_method_compute_course_arguments_and_paper(trainer, tmp_path):
@@ -49,7 +49,7 @@ def test_a_run_writes_a_card_with_method_compute_course_arguments_and_paper(trai
     assert "| of them drawn by importance | 7 | 0 |" in text
     assert "| examples trained on | 128 | 128 |" in text
     assert "| examples scored by a forward pass of their own | 336 | 0 |" in text
-    kappa = 1 / 3  # too short a run to measure it
+    kappa = 1 / 3
     compute = f"| compute (scoring an example is {kappa:.2g} of training on it) | {1 + kappa * 336 / 128:.2f} | 1 |"
     assert compute in text
     assert f"**{outcome(trainer.state.log_history[-2], 8)}**" in text  # in one sentence, how it went
@@ -60,7 +60,7 @@ def test_a_run_writes_a_card_with_method_compute_course_arguments_and_paper(trai
         "presample_ratio": "3.0",
         "tau_threshold": str(1 + 1e-9),
         "importance_log": "all",
-        "importance_kwargs": "{'momentum': 0.0}",
+        "importance_kwargs": f"{{'momentum': 0.0, 'kappa': {1 / 3}}}",
     }
     # The Hub shows what the last evaluation found.
     (result,) = card.data.eval_results

@@ -129,7 +129,7 @@ class Handle:
 
 
 def test_the_returned_metrics_say_what_was_done(tmp_path, digits):
-    args = toys.always_on(tmp_path)
+    args = toys.always_on(tmp_path, kappa=0.25)
     trainer = ImportanceTrainer(toys.vit(), args, train_dataset=digits.select(range(128)))
     result = trainer.train()
     assert isinstance(result, TrainOutput)
@@ -137,7 +137,8 @@ def test_the_returned_metrics_say_what_was_done(tmp_path, digits):
     seconds, tau = ours.pop("scoring_seconds"), ours.pop("largest_tau")
     assert ours.pop("tau_threshold") == 1 + 1e-9 < tau
     # Eight steps of 16, the first of them uniform; seven pools of 48.
-    assert ours == {"steps_on": 7, "examples_scored": 7 * 48, "examples_trained": 8 * 16, "examples_saved": 0}
+    counts = {"steps_on": 7, "examples_scored": 7 * 48, "examples_trained": 8 * 16, "examples_saved": 0}
+    assert ours == {**counts, "kappa": 0.25}
     assert 0 < seconds < result.metrics["train_runtime"]
     last = trainer.state.log_history[-1]
     assert "train_runtime" in last

@@ -248,7 +248,7 @@ class ClassWeights:
         """Count examples that were drawn uniformly on this rank."""
         state, classes = self.state, len(self.state.squares)
         if labels and classes:
-            found = torch.cat([part.reshape(-1).cpu().long() for part in labels])
+            found = torch.cat([part.reshape(-1).long() for part in labels])
             new = torch.bincount(found[(found >= 0) & (found < classes)], minlength=classes)
             state.recent = [a + b for a, b in zip(state.recent, new.tolist(), strict=True)]
 

@@ -138,7 +138,7 @@ class Ledger:
         return counting
 
     def _found(self, step: Step) -> tuple[Scored | None, list[float]]:
-        """Read what training passes left, and give this rank's figures of it; the last four are the verdict."""
+        """Read what training passes left, and give this rank's figures of it; the last five are the verdict."""
         if step.problem is not None:
             return None, self._nothing(step, against=1.0)
         assert self.objective.scale is not None
@@ -149,7 +149,8 @@ class Ledger:
         against, proof, step.news = judge(step.figures, read, self.objective.weights, learns)
         if against is not None:
             step.problem = OTHER_LOSS.format(found=describe(against), what=WHAT_TO_DO)
-        judged = [float(step.problem is not None), float(proof), float(bool(step.news)), 0.0]
+        whole = self.objective.weights.state.whole
+        judged = [*map(float, (step.problem is not None, proof, bool(step.news), False, whole))]
         if step.kind == "pool":
             return None, judged
         sizes = tuple(len(part) for part in found[: len(step.outputs)])
@@ -170,7 +171,7 @@ class Ledger:
     def _nothing(self, step: Step, against: float = 0.0, past: float = 0.0) -> list[float]:
         """Give the figures of a step that teaches nothing."""
         figures = 0 if step.kind == "pool" else figures_of(self.sampler, self.table)
-        return [*[0.0] * figures, against, 0.0, 0.0, past]
+        return [*[0.0] * figures, against, 0.0, 0.0, past, 0.0]
 
     def _take_in(self, step: Step, seen: Scored | None, summed: list[float]) -> None:
         before = self.drawing()
@@ -179,17 +180,18 @@ class Ledger:
         assert step.place is not None
         self.feed.state = step.place
         self.report.step(step.drawn)
-        against, proof, news, past = summed[-4:] if summed else (0.0,) * 4
+        against, proof, news, past, whole = summed[-5:] if summed else (0.0,) * 5
         if against > 0 or (step.problem is not None and self.ranks.size == 1):
             self.bar(step.problem)
         elif past > 0:
             self.objective.weights.state.outside = True
         else:
             self.state.proven = self.state.proven or proof > 0
+            self.objective.weights.state.whole |= whole > 0
             if step.kind == "pool":
                 self._learn(step, step.pool, step.sums)
             elif seen is not None:
-                self._learn(step, seen, summed[:-4])
+                self._learn(step, seen, summed[:-5])
             self._learn_weights(step, news > 0)
         self.state.compared = compared_in(self.sampler, step)
         self.report.add(step.counts)
@@ -225,8 +227,7 @@ class Ledger:
         """Note how far it came, for the end of the run."""
         state, cost = self.state, self.sampler.cost
         state.largest_tau = max(state.largest_tau, state.tau)
-        if cost is not None:
-            state.lowest_cost = cost if state.lowest_cost is None else min(state.lowest_cost, cost)
+        state.lowest_cost = min((one for one in (state.lowest_cost, cost) if one is not None), default=None)
 
     def _learn_weights(self, step: Step, news: bool) -> None:
         """Take in what a step told of class weights. All ranks must come to it."""
@@ -239,7 +240,7 @@ class Ledger:
                 self.bar(OTHER_LOSS.format(found="class weights do not explain it on all ranks", what=WHAT_TO_DO))
                 return
         if self.table is not None:
-            weights.count([labels.read()[0] for labels in step.labels])
+            weights.count(step.labels)
         weights.settle(step.number % max(self.facts.updates, 1), self.facts.updates, step.kind == "batch")
         self.objective.score_apart()
 
@@ -283,8 +284,7 @@ class Ledger:
         found |= {"kappa": self.clock.kappa} if self.clock.measured else {}
         found |= {} if self.state.lowest_cost is None else {"lowest_cost": self.state.lowest_cost}
         found |= {name: value for name, value in self.sampler.log_entries().items() if name == "tau_threshold"}
-        if self.watch.barred is not None:
-            found["ruled_out"] = 1.0
+        found |= {} if self.watch.barred is None else {"ruled_out": 1.0}
         self._end = self.report.summary(self.state.steps_on, found)
         return self._end
 

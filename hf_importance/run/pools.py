@@ -27,7 +27,7 @@ from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
-from hf_importance.transfer import Fetched, to_device
+from hf_importance.transfer import to_device
 
 # Share of the mean that every score of the user's own is raised by.
 FLOOR = 0.01
@@ -146,7 +146,7 @@ class Pools:
         counted = weights.in_blocks(labels, pool.sizes[0], order).split(pool.sizes)
         for one in (pool, raw):
             one.batches = [{**batch, WEIGHTS: part} for batch, part in zip(one.batches, counted, strict=True)]
-        step.labels.append(Fetched([labels]))
+        step.labels.append(labels)
 
     def _in_the_way(self, step: Step) -> bool:
         """Whether a rank found, before it scores, that it cannot; where ranks score apart they hear of it later."""

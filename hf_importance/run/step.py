@@ -99,7 +99,7 @@ class Step:
     figures: list[Tensor] = field(default_factory=list)
     losses: int = 0
     descended: int = 0
-    labels: list[Fetched] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
     news: list[Tensor] = field(default_factory=list)
     problem: str | None = None
     blocked: bool = False
@@ -132,16 +132,17 @@ class Step:
     def send(self, parts: list[Tensor]) -> None:
         """Begin to copy these to the host, and all that is to be judged: vectors, at least one."""
         self.sent = len(self.evidence), len(self.differs)
-        self.fetched = Fetched([*parts, *[one.figures for one in self.evidence], *self.differs])
+        self.fetched = Fetched([*parts, *self.labels, *[one.figures for one in self.evidence], *self.differs])
 
     def read(self) -> list[Tensor]:
         """Give what was sent, float64, on the CPU; the one wait for the device, for what it did long ago."""
         assert self.fetched is not None
         found, (evidence, differs) = self.fetched.read(), self.sent
-        parts = len(found) - evidence - differs
-        self.figures = found[parts : parts + evidence]
+        told = len(found) - evidence - differs
+        parts = told - len(self.labels)
+        self.figures, self.labels = found[told : told + evidence], found[parts:told]
         late = [] if self.late is None else self.late.read()
-        if any(bool(one) for one in (*found[parts + evidence :], *late)):
+        if any(bool(one) for one in (*found[told + evidence :], *late)):
             self.problem = "the loss that is descended is another than compute_loss computed: something is added to it"
         return found[:parts]
 
@@ -278,9 +279,8 @@ class Watch:
             step.problem = f"its examples cannot be scored ({type(error).__name__}: {error}). {WHAT_TO_DO}"
             return
         if step.kind == "batch" and objective.weights.state.squares:
-            labels = objective.head.labels(batch)
-            step.labels.append(Fetched([labels]))
-            weights = objective.weights.in_batch(labels) if objective.weights.known else None
+            step.labels.append(objective.head.labels(batch))
+            weights = objective.weights.in_batch(step.labels[-1]) if objective.weights.known else None
         step.outputs.append((scores if weights is None else scores * weights, index, items))
         if step.begun == len(step.micro) == len(step.outputs) + step.left_out:
             parts = [found for found, _, _ in step.outputs]  # the copy runs beside the backward pass

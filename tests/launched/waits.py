@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 import toys
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
@@ -32,8 +34,12 @@ def uneven(outputs, labels):
     return 1.0 + 9.0 * (labels == 0).float()
 
 
+def weighted(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, weight=torch.ones_like(outputs.logits[0]).cumsum(0).detach())
+
+
 CASES = [("plain", 1), ("plain", 2), ("off", 1), ("off", 2), ("on", 1), ("on", 2), ("on, cheapest pool", 2)]
-CASES += [("history", 1), ("history", 2), ("auto", 1)]
+CASES += [("history", 1), ("history", 2), ("auto", 1), ("class weights", 1), ("class weights, history", 1)]
 ON = {"importance_method": "presample", "presample_ratio": 3.0, "tau_threshold": 1 + 1e-9, "momentum": 0.0}
 WAYS = {
     "plain": {},
@@ -42,6 +48,8 @@ WAYS = {
     "on, cheapest pool": {**ON, "presample_ratio": "auto", "kappa": 0.05},
     "history": {"importance_method": "history"},
     "auto": {"importance_method": "auto", "kappa": 0.9},
+    "class weights": ON,
+    "class weights, history": {"importance_method": "history"},
 }
 
 
@@ -56,6 +64,7 @@ def trained(folder, way, accumulation, callbacks, **settings):
         train_dataset=toys.sentences(EXAMPLES),
         callbacks=callbacks,
         **({"compute_score_func": uneven} if ours else {}),
+        **({"compute_loss_func": weighted} if way.startswith("class weights") else {}),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
