@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -49,7 +50,7 @@ class RunState:
     drawn: bool = False  # whether the last step was
     items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
     examples: Annotated[float, _SUM] = 0.0  # examples in them
-    compared: Annotated[list[float], listed(_SUM)] = field(default_factory=list)  # by this rank, to be added up next
+    compared: Annotated[list[float], listed(_SUM)] = field(default_factory=list)  # filled in when it is saved
     proven: bool = False  # whether the loss was seen to be what its head says, and never not to be
     # What scoring was measured to be cheapest in, where that is measured.
     scoring_dtype: Annotated[str | None, optional(choice("bf16", "fp16", AS_TRAINING))] = None
@@ -77,18 +78,17 @@ class Ledger:
 
     def __post_init__(self) -> None:
         """Nothing was done yet."""
-        self.state = RunState(compared=compared_in(self.sampler))
+        self.state = RunState()
         self.step: Step | None = None
         self.problem: str | None = None
+        self.compared = partial(compared_in, self.sampler)  # read once it has come, with the next step's scores
         self._end: dict[str, float] | None = None  # what the finished run came to
 
     def begin(self, step: Step | None) -> Step | None:
         """A step begins; None: one that is nobody's business, since importance sampling is off for good."""
         self.step = self.watch.step = step
         if step is not None:
-            step.doubted, step.compared = not self.state.proven, self.state.compared
-            if step.kind == "visits":
-                self.clock.goes_on(wanted=False)
+            step.doubted, step.compared = not self.state.proven, self.compared
             step.times = self.clock.times
             self.watch.begin(step)
         return step
@@ -165,8 +165,8 @@ class Ledger:
         empty = 0.0 if self.objective.scale.over_step else float((items == 0).sum())
         kind = "visits" if step.kind == "visits" else "batch"
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
-        sums = figures(self.sampler, seen, step.compared)
-        return seen, [*sums, empty, float(items.sum()), float(len(scores)), *judged]
+        totals = empty, float(items.sum()), float(len(scores))
+        return seen, [*figures(self.sampler, seen, step.compared()), *totals, *judged]
 
     def _nothing(self, step: Step, against: float = 0.0, past: float = 0.0) -> list[float]:
         """Give the figures of a step that teaches nothing."""
@@ -193,7 +193,7 @@ class Ledger:
             elif seen is not None:
                 self._learn(step, seen, summed[:-5])
             self._learn_weights(step, news > 0)
-        self.state.compared = compared_in(self.sampler, step)
+        self.compared = partial(compared_in, self.sampler, step.kept, step.heard)
         self.report.add(step.counts)
         self.count_switch(before)
 
@@ -215,7 +215,7 @@ class Ledger:
         if count:
             momentum = self.sampler.momentum
             self.state.tau = momentum * self.state.tau + (1 - momentum) * tau
-            own = len(measured) - len(step.compared)
+            own = len(measured) - len(compared_in(self.sampler))
             self.sampler.learn_compared(measured[own:])
             self.sampler.learn(tau, measured[:own])
             self._note()

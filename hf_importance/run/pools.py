@@ -27,7 +27,7 @@ from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
-from hf_importance.transfer import to_device
+from hf_importance.transfer import Fetched, to_device
 
 # Share of the mean that every score of the user's own is raised by.
 FLOOR = 0.01
@@ -44,13 +44,11 @@ def figures(sampler: Sampler, seen: Scored, compared: Sequence[float]) -> list[f
     return [*sums, *sampler.measure(seen), *compared]
 
 
-def compared_in(sampler: Sampler, step: Step | None = None) -> list[float]:
+def compared_in(sampler: Sampler, kept: Tensor | None = None, heard: Fetched | None = None) -> list[float]:
     """Hold the scores of what a step kept of a pool against those that its training passes found, if it did."""
-    if step is None or step.kept is None or step.heard is None or step.problem is not None:
-        none = torch.empty(0, dtype=torch.float64)
-        return list(sampler.compare(none, none))
-    scored, weights = step.kept
-    return list(sampler.compare(scored, torch.cat(step.heard.read()) / weights))  # they were counted with them
+    scored, weights = torch.empty((2, 0), dtype=torch.float64) if kept is None or heard is None else kept
+    found = scored if heard is None else torch.cat(heard.read(late=True)) / weights  # they were counted with them
+    return list(sampler.compare(scored, found))
 
 
 def figures_of(sampler: Sampler, table: Table | None) -> int:
@@ -180,7 +178,7 @@ class Pools:
         counts = [float(items.sum()) * own / len(pool), float(items[:count].sum())]
         counts = counts if items_each is None else [own * items_each] * 2
         # The one collective of an importance step: what will be learned from it, and its items.
-        found = [*figures(self.sampler, seen, step.compared), 0.0, float(items.sum()), float(len(scores))]
+        found = [*figures(self.sampler, seen, step.compared()), 0.0, float(items.sum()), float(len(scores))]
         bad = self.ranks.averaged == 1 < self.ranks.size and counts[0] == 0
         expected, of_own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
         step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else step.problem
@@ -209,7 +207,7 @@ class Pools:
             given = given * stands[there]
             kept.append(torch.stack([seen.scores[there], given * scale]))
             self.report.weights(given.float())
-        step.kept = torch.cat(kept, 1) if finite and step.compared else None
+        step.kept = torch.cat(kept, 1) if finite and compared_in(self.sampler) else None
         step.left_out = count - filled
         step.counts = Totals(
             examples_scored=len(pool),

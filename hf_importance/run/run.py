@@ -194,6 +194,7 @@ class Run:
         if not self.feed.visiting:
             return None
         self.commit()
+        self.clock.goes_on(wanted=False)
         return self._visit(count) if self.watch.barred is None else None
 
     def _decide(self) -> None:
@@ -242,7 +243,6 @@ class Run:
 
     def _visit_pools(self, handed: Handed, planned: Pool) -> tuple[list, Tensor] | None:
         """Score what visits name, and keep a part; None where importance sampling is off for good from now on."""
-        self.clock.goes_on(wanted=False)
         step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True, represents=handed.represents.double()))
         kept = self.pools.score_visits(step, planned, handed, self.state.items / self.state.examples)
         if step.blocked:

@@ -50,7 +50,7 @@ class Step:
         outputs: What its training passes left, of each micro-batch: scores and item count on the device, indices.
         pool: Of a pool: what was scored.
         kept: Of a pool, where the sampler compares: scores and loss weights of what is kept, shape ``(2, n)``; with
-            ``heard``, what training passes find of it. ``compared`` is what came of it in the step before.
+            ``heard``, what training passes find of it. ``compared`` gives what came of it in the step before.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
         micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
@@ -80,7 +80,7 @@ class Step:
     pool: Scored | None = None
     kept: Tensor | None = None
     heard: Fetched | None = None
-    compared: list[float] = field(default_factory=list)
+    compared: Callable[[], list[float]] = list
     trained: Tensor | None = None
     sums: list[float] | None = None
     micro: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
