@@ -13,37 +13,54 @@ sketch), which leaves distances as they are. It is taken in two modes::
              normalises with the moments of what was drawn, of which there are at least 16. So what these do to a
              small batch of hard examples is in the noise
 
+With ``--history`` the run is by ``importance_method="history"`` with ``"constant_variance"``, and what is played are
+steps as its own sampler would draw them next, in ``train()``, of all training examples.
+
+With ``--perceptrons`` the models are small ones with dropout, on points made for it, for which no data is needed.
+
+"calibrated" is what ``Presample`` does: it draws by what the scores of pools were found to say of those in training.
+
     python examples/gradient_noise.py --data path/to/data --models path/to/models --tasks clothing --kappa 0.24
 
 Results stand in docs/costs.md.
 """
 
 import argparse
+import copy
+import dataclasses
+import functools
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import transformers
 from remembered_scores import TASKS, Task
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_importance import estimate_tau, resample
+from hf_importance import History, ImportanceTrainer, ImportanceTrainingArguments, estimate_tau, resample
 from hf_importance.heads.choose import head_of
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
+from hf_importance.theory.calibration import InTraining, pair_sums
 from hf_importance.theory.costs import plan
 from hf_importance.theory.variance import VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
 
 DIRECTIONS = 4096
 STEPS = {"eval": 1000, "train": 200}  # played of each kind
 MOMENTUM = 0.9  # the average of tau's default
-# How it is drawn, and the safety margin.
+# How it is drawn, the safety margin, and whether scores are calibrated.
 KINDS = {
-    "with replacement": ("multinomial", 1.0),
-    "without": ("systematic", 1.0),
-    "without, margin 1.1": ("systematic", 1.1),
+    "with replacement": ("multinomial", 1.0, False),
+    "without": ("systematic", 1.0, False),
+    "without, margin 1.1": ("systematic", 1.1, False),
+    "calibrated": ("systematic", 1.0, True),
+    "calibrated, margin 1.1": ("systematic", 1.1, True),
 }
 
 
@@ -58,8 +75,6 @@ class Gradients:
         task: Its examples.
         index: Which of them.
 
-    Attributes:
-        scores: Of the examples, float64, shape ``(m,)``.
     """
 
     def __init__(self, model: nn.Module, task: Task, index: list[int]) -> None:
@@ -70,14 +85,12 @@ class Gradients:
         numbers = sum(p.numel() for p in self.parameters)
         self.direction = torch.randint(DIRECTIONS, (numbers,), generator=generator)
         self.sign = torch.randint(0, 2, (numbers,), generator=generator).float() * 2 - 1
-        model.eval()
-        with torch.no_grad():
-            self.scores = torch.cat([self.score(example) for example in index]).double()
 
-    def score(self, example: int) -> Tensor:
-        """Score one example."""
-        batch = self.task.collator([self.task.train[example]])
-        return self.head.upper_bound(self.model(**self.head.model_inputs(batch)), batch)
+    @functools.cached_property
+    def scores(self) -> Tensor:
+        """Score all in ``eval()``, which stays on."""
+        self.model.eval()
+        return torch.cat([self.heard(rows) for rows in torch.arange(len(self.index)).split(64)])
 
     def of(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Give the gradient of the weighted mean loss, in the model's mode; shape ``(DIRECTIONS,)``."""
@@ -88,6 +101,12 @@ class Gradients:
         pairs = zip(self.parameters, parts, strict=True)
         whole = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
         return torch.zeros(DIRECTIONS).index_add_(0, self.direction, whole * self.sign).double()
+
+    def heard(self, rows: Tensor) -> Tensor:
+        """Score examples in the model's mode, as training passes do; shape ``(m,)``."""
+        batch = self.task.collator([self.task.train[self.index[row]] for row in rows.tolist()])
+        with torch.no_grad():
+            return self.head.upper_bound(self.model(**self.head.model_inputs(batch)), batch).double()
 
     def one_by_one(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Take the gradient of each example alone in ``eval()``; give what makes a step's of them."""
@@ -103,13 +122,14 @@ def uniform_steps(examples: int, size: int, steps: int, generator: torch.Generat
 
 
 def planned_steps(
-    scores: Tensor, size: int, kappa: float, kind: str, smallest: int, steps: int, generator: torch.Generator
+    gradients: Gradients, size: int, kappa: float, kind: str, smallest: int, steps: int, generator: torch.Generator
 ) -> Iterator[Draw]:
     """Give what planned steps train on."""
-    resampling, margin = KINDS[kind]
+    resampling, margin, calibrates = KINDS[kind]
+    scores, in_training = gradients.scores, InTraining()
     tau, factor = 1.0, WithoutReplacement(MOMENTUM)
     for step in range(-50, steps):
-        pool = torch.randperm(len(scores), generator=generator)[:size]
+        pool = kept = torch.randperm(len(scores), generator=generator)[:size]
         if step >= 0:  # before, uniform steps show what there is to win
             known: VarianceFactor = factor if resampling == "systematic" else WithReplacement(tau)
             planned = plan(
@@ -117,10 +137,13 @@ def planned_steps(
                 smallest=smallest,
             )  # fmt: skip
             pool = torch.randperm(len(scores), generator=generator)[: planned.pool]
-            index, weights = resample(scores[pool], planned.kept, resampling, generator)
-            yield pool[index], weights, planned.cost
+            index, weights = resample(in_training(scores[pool]), planned.kept, resampling, generator)
+            kept = pool[index]
+            yield kept, weights, planned.cost
+        if calibrates:
+            in_training.average(pair_sums(scores[kept], gradients.heard(kept)))
         tau = MOMENTUM * tau + (1 - MOMENTUM) * float(estimate_tau(scores[pool]))
-        factor.average(inverse_moments(scores[pool]).tolist())
+        factor.average(inverse_moments(in_training(scores[pool])).tolist())
 
 
 def noise(
@@ -132,10 +155,13 @@ def noise(
     return float(distances.mean()), float(distances.std()) / math.sqrt(len(distances)), float(costs.mean())
 
 
-def measure(model: nn.Module, task: Task, index: list[int], size: int, kappa: float, mode: str) -> list[str]:
+def measure(
+    model: nn.Module, task: Task, index: list[int], size: int, kappa: float, mode: str, kinds: list[str]
+) -> list[str]:
     """Give τ, and of every kind cost and noise, as the cells of a row."""
     generator, steps, count = torch.Generator().manual_seed(1), STEPS[mode], len(index)
     gradients = Gradients(model, task, index)
+    tau = float(estimate_tau(gradients.scores))
     every = torch.arange(count), torch.ones(count)
     if mode == "eval":
         gradient, smallest = gradients.one_by_one(), 1
@@ -147,13 +173,45 @@ def measure(model: nn.Module, task: Task, index: list[int], size: int, kappa: fl
         own = uniform_steps(count, size, steps, generator)
         center = torch.stack([gradient(rows, weights) for rows, weights, _ in own]).mean(0)
     uniform, uniform_error, _ = noise(uniform_steps(count, size, steps, generator), gradient, center)
-    cells = [f"{float(estimate_tau(gradients.scores)):.2f}"]
-    for kind in KINDS:
-        draws = planned_steps(gradients.scores, size, kappa, kind, smallest, steps, generator)
+    cells = [f"{tau:.2f}"]
+    for kind in kinds:
+        draws = planned_steps(gradients, size, kappa, kind, smallest, steps, generator)
         drawn, error, cost = noise(draws, gradient, center)
         spread = drawn / uniform * math.hypot(error / drawn, uniform_error / uniform)
         cells += [f"{cost:.2f}", f"{drawn / uniform:.2f} ± {spread:.2f}"]
     return cells
+
+
+def remembered_steps(sampler: History, steps: int, generator: torch.Generator) -> Iterator[Draw]:
+    """Give what the steps of a run by history train on next, were they drawn anew; none where it is off."""
+    sampler = copy.copy(sampler)
+    sampler.state = copy.deepcopy(sampler.state)
+    sampler.run = dataclasses.replace(sampler.run, generator=lambda *key: generator)
+    given = 0
+    while given < steps:
+        visits = sampler.visits()
+        if visits is None or visits.uniform:
+            return
+        ends = [math.floor(micro * visits.batch_size) for micro in range(visits.micro_batches + 1)]
+        for start, end in itertools.islice(itertools.pairwise(ends), steps - given):
+            given += 1
+            rows = visits.index[start:end].long()
+            yield rows, visits.weights[start:end], (end - start) / sampler.run.batch_size
+
+
+def measure_history(model: nn.Module, task: Task, sampler: History, size: int, steps: int) -> list[str]:
+    """Give the gain that the run goes by, and of its steps the share of a batch and the noise, as cells."""
+    generator, gradients = torch.Generator().manual_seed(1), Gradients(model, task, list(range(len(task.train))))
+    model.train()
+    count, gradient = len(task.train), gradients.of
+    center = torch.stack([gradient(rows, w) for rows, w, _ in uniform_steps(count, size, steps, generator)]).mean(0)
+    draws = list(remembered_steps(sampler, steps, generator))
+    if not draws:
+        return [f"{sampler.gain:.2f}", "off", ""]
+    uniform, uniform_error, _ = noise(uniform_steps(count, size, steps, generator), gradient, center)
+    drawn, error, cost = noise(iter(draws), gradient, center)
+    spread = drawn / uniform * math.hypot(error / drawn, uniform_error / uniform)
+    return [f"{sampler.gain:.2f}", f"{cost:.2f}", f"{drawn / uniform:.2f} ± {spread:.2f}"]
 
 
 class Probe(TrainerCallback):
@@ -172,18 +230,90 @@ class Probe(TrainerCallback):
         model.train()
 
 
+class Perceptron(nn.Module):
+    """64 hidden units, with dropout before both layers."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.dropout = nn.Linear(20, 64), nn.Linear(64, 4), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Give the loss where there are labels, and the logits."""
+        logits = self.head(self.dropout(F.relu(self.hidden(self.dropout(x)))))
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def perceptrons(kinds: list[str], kappa: float) -> None:
+    """Train perceptrons on 2,000 points of four classes, one in twenty with a random label; print a row each."""
+    generator = torch.Generator().manual_seed(3)
+    centers, labels = torch.randn(4, 20, generator=generator) * 1.5, torch.randint(0, 4, (2000,), generator=generator)
+    points = centers[labels] + torch.randn(2000, 20, generator=generator)
+    noisy = torch.rand(2000, generator=generator) < 0.05
+    labels = torch.where(noisy, torch.randint(0, 4, (2000,), generator=generator), labels)
+    rows = [{"x": points[i], "labels": labels[i]} for i in range(2000)]
+    task = SimpleNamespace(train=rows, collator=default_collate)
+    print("| dropout | steps | tau | " + " | ".join(f"{kind}: cost | noise" for kind in kinds) + " |")
+    print("|--:|--:|--:|" + "--:|--:|" * len(kinds), flush=True)
+    for dropout, steps in itertools.product((0.0, 0.1, 0.3), (150, 600)):
+        model = Perceptron(dropout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(steps):
+            drawn = torch.randint(0, 2000, (32,))
+            optimizer.zero_grad()
+            model(points[drawn], labels[drawn])["loss"].backward()
+            optimizer.step()
+        cells = measure(model, task, list(range(2000)), 32, kappa, "train", kinds)
+        print("| " + " | ".join([f"{dropout}", f"{steps}", *cells]) + " |", flush=True)
+
+
+def by_history(name: str, task: Task, size: int, settings: argparse.Namespace) -> None:
+    """Train a task by history and print a row an epoch."""
+    print("| epoch | gain | batch | noise |\n|--:|--:|--:|--:|", flush=True)
+    sampler = History(budget="constant_variance", margin=settings.margin)
+
+    def row(model: nn.Module, epoch: int) -> None:
+        cells = measure_history(model, task, sampler, size, STEPS["train"])
+        print(f"| {epoch} | " + " | ".join(cells) + " |", flush=True)
+
+    torch.manual_seed(0)
+    arguments = ImportanceTrainingArguments(
+        tempfile.mkdtemp(), seed=0, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False, **task.arguments,
+    )  # fmt: skip
+    trainer = ImportanceTrainer(
+        task.model(), arguments, train_dataset=task.train, data_collator=task.collator, sampler=sampler,
+        callbacks=[Probe(row)],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+
+
 def main() -> None:
     """Train each task once and print a row an epoch and mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["clothing", "sst2"])
     parser.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--perceptrons", action="store_true", help="In place of tasks: small ones, with dropout.")
+    parser.add_argument("--history", action="store_true", help="Of runs by history, in place of uniform ones.")
+    parser.add_argument("--margin", type=float, default=1.1, help="Of history.")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, help="Played of each kind, in place of 1,000 and 200.")
     parser.add_argument("--kappa", type=float, default=1 / 3)
     parser.add_argument("--examples", type=int, default=600)
     parser.add_argument("--epochs", type=float, help="In place of each task's own.")
     settings = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    if settings.steps is not None:
+        STEPS.update(dict.fromkeys(STEPS, settings.steps))
+    if settings.perceptrons:
+        perceptrons(settings.kinds, settings.kappa)
+        return
     for name in settings.tasks:
         task = TASKS[name](settings.data, settings.models)
         if settings.epochs is not None:
@@ -192,12 +322,15 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         index = torch.randperm(len(task.train), generator=generator)[: settings.examples].tolist()
         print(f"\n{name}, kappa {settings.kappa}, batch {size}, {settings.examples} examples")
-        print("| epoch | mode | tau | " + " | ".join(f"{kind}: cost | noise" for kind in KINDS) + " |")
-        print("|--:|---|--:|" + "--:|--:|" * len(KINDS), flush=True)
+        if settings.history:
+            by_history(name, task, size, settings)
+            continue
+        print("| epoch | mode | tau | " + " | ".join(f"{kind}: cost | noise" for kind in settings.kinds) + " |")
+        print("|--:|---|--:|" + "--:|--:|" * len(settings.kinds), flush=True)
 
         def rows(model: nn.Module, epoch: int, task=task, size=size, index=index) -> None:
             for mode in settings.modes:
-                cells = [f"{epoch}", mode, *measure(model, task, index, size, settings.kappa, mode)]
+                cells = [f"{epoch}", mode, *measure(model, task, index, size, settings.kappa, mode, settings.kinds)]
                 print("| " + " | ".join(cells) + " |", flush=True)
 
         torch.manual_seed(0)

@@ -91,7 +91,7 @@ def can_remember(sampler: Sampler, dataset: Any, args: TrainingArguments) -> boo
     if not sampler.remembers:
         return False
     kind = type(sampler).__name__
-    method = "importance_method='history'" if kind in ("History", "Auto", "Observe") else kind
+    method = "importance_method='history'" if kind in ("History", "Auto", "TwoPhase", "Observe") else kind
     reason = cannot_remember(dataset, args, method)
     if reason is None:
         _warn_of_one_epoch(sampler, dataset, args)

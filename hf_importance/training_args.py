@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from hf_importance.theory.costs import Budget
 from hf_importance.values import check_choice
 
-Method = Literal["presample", "history", "auto", "observe"]
+Method = Literal["presample", "history", "auto", "two_phase", "observe"]
 Score = Literal["upper_bound", "loss"]
 ScoringDtype = Literal["bf16", "fp16", "fp32", "auto"]
 BatchNorm = Literal["untouched", "frozen"]
@@ -40,9 +40,9 @@ class ImportanceArguments:
         default="presample",
         metadata={
             "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's), "
-            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs), or 'auto' (whichever "
-            "is measured to be cheapest). 'observe' trains as the plain Trainer does and says what 'auto' would have "
-            "saved."
+            "'history' (remembered from earlier epochs, at no cost; for runs of several epochs), 'auto' (whichever is "
+            "measured to be cheapest), or 'two_phase' (as that, and pools drawn by remembered scores where these are "
+            "cheaper). 'observe' trains as the plain Trainer does and says what 'auto' would have saved."
         },
     )
     importance_budget: Budget | None = field(
@@ -108,8 +108,8 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "More settings of the method, a dict or JSON ('{\"margin\": 1.2}'): for 'presample' margin, "
-            "momentum, resampling, bias, normalise, kappa; for 'history' margin, share, momentum, bias, normalise; "
-            "see their classes."
+            "momentum, resampling, bias, normalise, calibrate, kappa; for 'history' margin, share, momentum, bias, "
+            "normalise; see their classes."
         },
     )
 

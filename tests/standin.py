@@ -79,6 +79,9 @@ class Event:
     def synchronize(self):
         Device.current.wait("event", self.at)
 
+    def query(self):
+        return all(asked > self.at for asked, *_ in Device.current._under_way)  # the host has waited past it
+
     def elapsed_time(self, other):
         return float(other.at - self.at)
 

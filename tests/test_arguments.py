@@ -20,6 +20,7 @@ from hf_importance import (
     Presample,
 )
 from hf_importance.samplers.choose import sampler_of
+from hf_importance.samplers.two_phase import TwoPhase
 from hf_importance.theory.costs import Budget
 from hf_importance.training_args import BatchNorm, Method, Score, ScoringDtype
 
@@ -40,7 +41,7 @@ def priced(folder, **overrides):
 
 def test_each_method_is_a_sampler():
     samplers = [sampler_of(ImportanceArguments(importance_method=method)) for method in METHODS]
-    assert [type(sampler) for sampler in samplers] == [Presample, History, Auto, Observe]
+    assert [type(sampler) for sampler in samplers] == [Presample, History, Auto, TwoPhase, Observe]
 
 
 def test_every_argument_arrives():

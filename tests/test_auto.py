@@ -112,7 +112,8 @@ def test_what_can_be_remembered_is(tmp_path):
 
 
 def test_what_cannot_be_remembered_is_presampled(tmp_path):
-    ours = trained(tmp_path, forgetful, kappa=0.05, importance_budget="constant_variance")
+    # Training finds other scores, since an example then has another place: calibrated, they were worth nothing.
+    ours = trained(tmp_path, forgetful, kappa=0.05, importance_budget="constant_variance", calibrate=False)
     assert spans(ours.sources)[-1][0] == "presample" and "history" not in ours.sources
     log = [e for e in ours.state.log_history if "loss" in e]
     assert log[-1]["importance/presampling"] == log[-1]["importance/active"] == 1
@@ -120,6 +121,11 @@ def test_what_cannot_be_remembered_is_presampled(tmp_path):
     assert tau == pytest.approx(math.sqrt(8), rel=0.1)  # where a pool is no multiple of 8, a little less
     assert log[-1]["importance/price_presample"] < 0.5
     assert log[-1]["importance/gain"] == pytest.approx(1, abs=0.1)
+
+
+def test_what_training_does_not_find_again_is_worth_nothing(tmp_path):
+    ours = trained(tmp_path, forgetful, kappa=0.05, importance_budget="constant_variance")
+    assert "presample" in ours.sources and spans(ours.sources)[-1][0] == "uniform"
 
 
 def test_what_neither_pays_for_stays_uniform(tmp_path):

@@ -180,3 +180,24 @@ def test_a_bound_from_below_makes_the_pool_smaller():
     # Still no noisier than a uniform step, and one example less in the pool would do no longer.
     assert 32 / bound.pool * float(factor(16 / bound.pool)) <= 1
     assert 32 / (bound.pool - 1) * float(factor(16 / (bound.pool - 1))) > 1
+
+
+class One(Sampler):
+    """Keeps one row, whatever is asked for."""
+
+    def pool(self):
+        return Pool(2 * self.run.batch_size, self.run.batch_size)
+
+    def keep(self, pool):
+        return pool.scores.argmax()[None], torch.ones(1)
+
+
+@pytest.mark.parametrize("kind", [ImportanceTrainer, OneByOne])
+def test_rows_that_fill_up_batches_leave_the_loss_alone(tmp_path, digits, kind):
+    args = toys.arguments(
+        tmp_path, gradient_accumulation_steps=ACCUMULATION, max_steps=3, logging_steps=1, optim="sgd"
+    )
+    trainer = kind(model=toys.vit(), args=args, train_dataset=digits.select(range(256)), sampler=One())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] == pytest.approx(math.log(10), rel=0.3)  # of one hard example; a quarter of it if diluted

@@ -57,10 +57,11 @@ def test_own_batch_and_reserve_are_scored_once(tmp_path, digits, ratio, scoring_
         max_steps=3,
         logging_steps=3,
     )
-    # Step 1 is uniform, and scored from the logits of its own training pass; 2 and 3 score a pool each.
-    assert spy.sizes == [16, *expected, *expected]
-    assert spy.modes[0] == (True, False)
-    assert set(spy.modes[1:]) == {(False, False)}
+    # Step 1 is uniform, and scored from the logits of its own training pass; 2 and 3 score a pool each, and what is
+    # kept of it from its training pass.
+    assert spy.sizes == [16, *expected, 16, *expected, 16]
+    pool = [(False, False)] * len(expected)
+    assert spy.modes == [(True, False), *pool, (True, False), *pool, (True, False)]
     assert model.training
     entry = trainer.state.log_history[-2]
     assert entry["importance/examples_scored"] == 2 * sum(expected)
@@ -264,5 +265,5 @@ def test_several_train_calls_start_afresh(tmp_path, digits):
 def test_a_stream_is_its_own_reserve(tmp_path, digits):
     stream = digits.select(range(128)).to_iterable_dataset()
     trainer, spy = spied(tmp_path, uneven, toys.vit(), stream, max_steps=3, logging_steps=3)
-    assert spy.sizes == [16] * 7
+    assert spy.sizes == [16] * 9
     assert trainer.state.global_step == 3

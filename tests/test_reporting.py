@@ -201,7 +201,7 @@ def test_help_lists_the_choices_and_refuses_others(tmp_path, capsys):
     parser = HfArgumentParser(ImportanceTrainingArguments)
     shown = parser.format_help()
     for choices in (
-        "presample,history,auto,observe",
+        "presample,history,auto,two_phase,observe",
         "upper_bound,loss",
         "untouched,frozen",
         "bf16,fp16,fp32,auto",

@@ -15,6 +15,7 @@ from hf_importance.samplers.published import (
     RhoLoss,
     SelectiveBackprop,
 )
+from hf_importance.samplers.two_phase import TwoPhase
 from hf_importance.testing import SamplerLaws
 
 
@@ -61,6 +62,15 @@ class TestAuto(Laws):
 
     def sampler(self):
         return Auto(Presample(kappa=0.1))
+
+
+class TestTwoPhase(Laws):
+    unbiased = True
+    steps = 60
+    examples = 192
+
+    def sampler(self):
+        return TwoPhase(Presample(kappa=0.1))
 
 
 class TestObserve(Laws):

@@ -17,6 +17,7 @@ from hf_importance.checkpoint.schema import check
 from hf_importance.checkpoint.state import VERSION, ImportanceStateCallback, saved_state
 from hf_importance.checkpoint.whole import HalfWritten, check_whole
 from hf_importance.run.saved import schema
+from hf_importance.theory.calibration import BINS
 from hf_importance.theory.variance import SHARES
 
 NAME = ImportanceStateCallback.__name__
@@ -33,6 +34,7 @@ VALID = {
         "drawn": True,
         "items": 80.0,
         "examples": 80.0,
+        "compared": [1.0, 0.0],
         "proven": True,
         "scoring_dtype": None,
     },
@@ -48,7 +50,7 @@ VALID = {
         "parts": 2,
         "draws": 2,
         "visited": 3,
-        "visits": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False},
+        "visits": {"batch_size": 12.5, "length": 4, "number": 1, "uniform": False, "kept": None},
         "stream": {"passes": 0, "drawn": 0},
     },
     "clock": {
@@ -78,7 +80,7 @@ VALID = {
     "sampler": {
         "settings": {"name": "Auto", "fresh.ratio": "3.0", "remembered.share": "0.1"},
         "state": {
-            "fresh": {"on": True, "switched": 12, "moments": [0.5] * len(SHARES)},
+            "fresh": {"on": True, "switched": 12, "moments": [0.5] * len(SHARES), "pairs": [0.0] * 3 * BINS},
             "remembered": {
                 "count": 9.0,
                 "uniform_moment": 2.0,

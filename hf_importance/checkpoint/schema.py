@@ -35,6 +35,11 @@ class Nullable:
     schema: Mapping[str, Any]
 
 
+@dataclass
+class Nothing:
+    """The state of what has none."""
+
+
 Schema = Field | Nullable | Mapping[str, Any]
 
 

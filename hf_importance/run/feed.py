@@ -17,7 +17,7 @@ from hf_importance.batches.pool import Padding
 from hf_importance.batches.reserve import Population, Reserve, ReserveDataset, reserve_sizes, reserve_unit
 from hf_importance.batches.streams import Lockstep, Stream
 from hf_importance.batches.visits import Order, visit_batches
-from hf_importance.checkpoint.schema import COUNT, integer, number
+from hf_importance.checkpoint.schema import COUNT, integer, number, optional
 from hf_importance.ranks import Ranks
 from hf_importance.samplers.sampler import Pool, Visits
 
@@ -40,6 +40,7 @@ class OrderState:
     length: Annotated[int, integer(1)]
     number: Annotated[int, COUNT]
     uniform: bool
+    kept: Annotated[int | None, optional(integer(1))] = None  # where they are scored, see Visits
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Feed:
                 size = math.nextafter(size, math.inf)  # rounding would lose the last example
         order = Order(visits.index.int(), visits.weights.float(), size, visits.micro_batches, self.state.draws)
         represents = None if visits.represents is None else visits.represents.float()
-        self._begin(order, represents, OrderState(size, order.length, order.number, visits.uniform))
+        self._begin(order, represents, OrderState(size, order.length, order.number, visits.uniform, visits.kept))
         self.state = replace(self.state, draws=self.state.draws + 1)
 
     def _begin(self, order: Order, represents: Tensor | None, state: OrderState, visited: int = 0) -> None:

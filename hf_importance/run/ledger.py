@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from hf_importance.checkpoint.schema import COUNT, choice, number, optional
+from hf_importance.checkpoint.schema import COUNT, choice, listed, number, optional
 from hf_importance.objective.loss import Objective
 from hf_importance.objective.precision import AS_TRAINING
 from hf_importance.objective.proof import describe
@@ -22,7 +23,7 @@ from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, outcome
 from hf_importance.run.clock import Clock
 from hf_importance.run.feed import Feed
-from hf_importance.run.pools import NO_ITEMS, figures, figures_of
+from hf_importance.run.pools import NO_ITEMS, compared_in, figures, figures_of
 from hf_importance.run.step import WHAT_TO_DO, Step, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler, Scored
@@ -49,6 +50,7 @@ class RunState:
     drawn: bool = False  # whether the last step was
     items: Annotated[float, _SUM] = 0.0  # of the loss, in uniform steps and pools since the start
     examples: Annotated[float, _SUM] = 0.0  # examples in them
+    compared: Annotated[list[float], listed(_SUM)] = field(default_factory=list)  # filled in when it is saved
     proven: bool = False  # whether the loss was seen to be what its head says, and never not to be
     # What scoring was measured to be cheapest in, where that is measured.
     scoring_dtype: Annotated[str | None, optional(choice("bf16", "fp16", AS_TRAINING))] = None
@@ -79,15 +81,14 @@ class Ledger:
         self.state = RunState()
         self.step: Step | None = None
         self.problem: str | None = None
+        self.compared = partial(compared_in, self.sampler)  # read once it has come, with the next step's scores
         self._end: dict[str, float] | None = None  # what the finished run came to
 
     def begin(self, step: Step | None) -> Step | None:
         """A step begins; None: one that is nobody's business, since importance sampling is off for good."""
         self.step = self.watch.step = step
         if step is not None:
-            step.doubted = not self.state.proven
-            if step.kind == "visits":
-                self.clock.goes_on(wanted=False)
+            step.doubted, step.compared = not self.state.proven, self.compared
             step.times = self.clock.times
             self.watch.begin(step)
         return step
@@ -164,7 +165,8 @@ class Ledger:
         empty = 0.0 if self.objective.scale.over_step else float((items == 0).sum())
         kind = "visits" if step.kind == "visits" else "batch"
         seen = Scored(scores, index, len(scores), len(scores), weights, sizes, kind)
-        return seen, [*figures(self.sampler, seen), empty, float(items.sum()), float(len(scores)), *judged]
+        totals = empty, float(items.sum()), float(len(scores))
+        return seen, [*figures(self.sampler, seen, step.compared()), *totals, *judged]
 
     def _nothing(self, step: Step, against: float = 0.0, past: float = 0.0) -> list[float]:
         """Give the figures of a step that teaches nothing."""
@@ -191,6 +193,7 @@ class Ledger:
             elif seen is not None:
                 self._learn(step, seen, summed[:-5])
             self._learn_weights(step, news > 0)
+        self.compared = partial(compared_in, self.sampler, step.kept, step.heard)
         self.report.add(step.counts)
         self.count_switch(before)
 
@@ -212,9 +215,11 @@ class Ledger:
         if count:
             momentum = self.sampler.momentum
             self.state.tau = momentum * self.state.tau + (1 - momentum) * tau
-            self.sampler.learn(tau, measured)
+            own = len(measured) - len(compared_in(self.sampler))
+            self.sampler.learn_compared(measured[own:])
+            self.sampler.learn(tau, measured[:own])
             self._note()
-        if step.kind != "visits":
+        if step.represents is None:
             self.state.items += items
             self.state.examples += examples
 
@@ -258,13 +263,8 @@ class Ledger:
         self.state.switched = self.facts.step()
         if self.ranks.rank == 0:
             what = ", ".join(f"{name} {value:.3f}" for name, value in self.sampler.log_entries().items())
-            logger.info(
-                "Importance sampling %s after step %d: tau %.3f, %s.",
-                "off" if now is None else "on",
-                self.facts.step(),
-                self.state.tau,
-                what,
-            )
+            how, step, tau = "off" if now is None else "on", self.facts.step(), self.state.tau
+            logger.info("Importance sampling %s after step %d: tau %.3f, %s.", how, step, tau, what)
 
     def log_entries(self) -> dict[str, float]:
         """Give the entries of a training log. All ranks must call it."""

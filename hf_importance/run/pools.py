@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +23,11 @@ from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, Totals
 from hf_importance.run.clock import Clock
-from hf_importance.run.feed import Feed
+from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
-from hf_importance.transfer import to_device
+from hf_importance.transfer import Fetched, to_device
 
 # Share of the mean that every score of the user's own is raised by.
 FLOOR = 0.01
@@ -37,17 +37,25 @@ NO_ITEMS = (
 )
 
 
-def figures(sampler: Sampler, seen: Scored) -> list[float]:
-    """Give Σ w, Σ w Ĝ, Σ w Ĝ² and what the sampler measures; w is 1 where examples were drawn uniformly."""
+def figures(sampler: Sampler, seen: Scored, compared: Sequence[float]) -> list[float]:
+    """Give Σ w, Σ w Ĝ, Σ w Ĝ² (w is 1 of uniform draws), what the sampler measures, and what it compared before."""
     w, scores = seen.weights, seen.scores
-    return [float(w.sum()), float((w * scores).sum()), float((w * scores.square()).sum()), *sampler.measure(seen)]
+    sums = [float(w.sum()), float((w * scores).sum()), float((w * scores.square()).sum())]
+    return [*sums, *sampler.measure(seen), *compared]
+
+
+def compared_in(sampler: Sampler, kept: Tensor | None = None, heard: Fetched | None = None) -> list[float]:
+    """Hold the scores of what a step kept of a pool against those that its training passes found, if it did."""
+    scored, weights = torch.empty((2, 0), dtype=torch.float64) if kept is None or heard is None else kept
+    found = scored if heard is None else torch.cat(heard.read(late=True)) / weights  # they were counted with them
+    return list(sampler.compare(scored, found))
 
 
 def figures_of(sampler: Sampler, table: Table | None) -> int:
     """Give how many figures there are of a step in all: those, and its items."""
     one = torch.ones(1, dtype=torch.float64)
     seen = Scored(one, None if table is None else torch.zeros(1, dtype=torch.int64), 1, 1, one, (1,))
-    return len(figures(sampler, seen)) + 3
+    return len(figures(sampler, seen, compared_in(sampler))) + 3
 
 
 @dataclass
@@ -90,8 +98,7 @@ class Pools:
             or another, nobody trains on them.
         """
         count, own = len(batches), sum(map(batch_size_of, batches))
-        # Of the micro-batches, those that are trained on; the same on all ranks, which wait for each other in them.
-        filled = math.ceil(planned.kept * count / self.facts.batch_size - 1e-9) if self.facts.gathered > 1 else count
+        filled = self._filled(planned, count)
         with self.report.scoring():
             rest = self.feed.rest_of(planned, count, iterator)
             parts = [without_index(part)[0] for part in [*batches, *rest]]
@@ -109,6 +116,23 @@ class Pools:
             of_each = planned.kept * count / (filled * self.facts.batch_size)
             with self.clock.scoring(step.number, len(pool), batch_size_of(batches[0]), of_each):
                 return self._keep(step, planned, pool, raw if self.prepares else pool, index, count, own, filled)
+
+    def score_visits(self, step: Step, planned: Pool, handed: Handed, items: float) -> tuple[list, Tensor]:
+        """Score what visits name, and keep a part, as :meth:`score_and_keep`; ``items`` are a uniform example's."""
+        count, parts = len(handed.batches), [without_index(batch)[0] for batch in handed.batches]
+        with self.report.scoring():
+            step.problem = step.problem or not_rows(parts, [self.objective.rows_in(part) for part in parts])
+            step.place = self.feed.where()
+            if self._in_the_way(step):
+                return [], torch.tensor(0)
+            raw = PooledBatches([to_device(part, self.clock.device) for part in parts], self.feed.padding)
+            pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
+            of = (handed.index, count, count * self.facts.batch_size, self._filled(planned, count), items)
+            return self._keep(step, planned, pool, raw if self.prepares else pool, *of)
+
+    def _filled(self, planned: Pool, count: int) -> int:
+        """Give of how many micro-batches those are that are trained on; on all ranks, which wait for each other."""
+        return math.ceil(planned.kept * count / self.facts.batch_size - 1e-9) if self.facts.gathered > 1 else count
 
     def _weigh(self, step: Step, pool: PooledBatches, raw: PooledBatches) -> None:
         """Give each example the weight that its class has in a uniform batch, on average."""
@@ -142,15 +166,19 @@ class Pools:
         count: int,
         own: int,
         filled: int,
+        items_each: float | None = None,
     ) -> tuple[list, Tensor]:
         # Where resuming, the Trainer loads the random state behind this: scoring must not move it.
         with isolated_rng(key_to_seed(self.facts.seed, self.ranks.rank, self.facts.step(), 7)):
             scores, items, lengths = self._score(step, planned, pool, count)
-        seen = step.pool = Scored(scores, index, own, 0, torch.ones_like(scores), (len(pool),))
+        # Visits were scored with the weights that they bring.
+        stands = step.represents if step.represents is not None else torch.ones_like(scores)
+        seen = step.pool = Scored(scores / stands, index, own, 0, stands, (len(pool),))
         # What a uniform step would have counted in expectation, and what the own batches count.
         counts = [float(items.sum()) * own / len(pool), float(items[:count].sum())]
+        counts = counts if items_each is None else [own * items_each] * 2
         # The one collective of an importance step: what will be learned from it, and its items.
-        found = [*figures(self.sampler, seen), 0.0, float(items.sum()), float(len(scores))]
+        found = [*figures(self.sampler, seen, step.compared()), 0.0, float(items.sum()), float(len(scores))]
         bad = self.ranks.averaged == 1 < self.ranks.size and counts[0] == 0
         expected, of_own, *step.sums, blocked = self.ranks.sum([*counts, *found, float(bad)])
         step.problem = NO_ITEMS.format(step=self.facts.step() + 1) if bad else step.problem
@@ -160,11 +188,12 @@ class Pools:
         finite = math.isfinite(step.sums[1]) and math.isfinite(step.sums[2])
         share = planned.kept / self.facts.batch_size
         if finite:
-            rows, weights = self._rows(seen, max(round(share * own), filled), filled)
+            rows, weights, number = self._rows(seen, max(round(share * own), filled), filled)
         else:  # all of the own batches is trained on
-            rows, weights, filled = torch.arange(own), torch.ones(own), count
-        step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double()
-        drawn = []
+            rows, filled = torch.arange(sum(pool.sizes[:count])), count
+            weights, number = torch.ones(len(rows)), len(rows)
+        step.trained = torch.zeros(len(pool)).index_add_(0, rows, weights.float()).double() * stands
+        drawn, scale, kept = [], share * own / number, []
         # What each is multiplied by is that of the step, whichever batch it is in. Texts of alike length come
         # together, the long ones in the small batches where the own batches differ in size.
         sizes = sorted(given_back.sizes[:count], reverse=True) if filled == count else [1] * filled
@@ -172,9 +201,13 @@ class Pools:
         for part in order.split(split_like(sizes, len(rows)) if finite else given_back.sizes[:count]):
             # A user's _prepare_inputs may have made other columns.
             width = None if self.prepares or lengths is None else int(lengths[rows[part]].max())
-            batch, given = stand_for(given_back, rows[part], weights[part], share * own / len(rows), width)
+            batch, given = stand_for(given_back, rows[part], weights[part], scale, width)
             drawn.append(batch)
-            self.report.weights(given)
+            there = rows[part].sort().values  # as the batch is
+            given = given * stands[there]
+            kept.append(torch.stack([seen.scores[there], given * scale]))
+            self.report.weights(given.float())
+        step.kept = torch.cat(kept, 1) if finite and compared_in(self.sampler) else None
         step.left_out = count - filled
         step.counts = Totals(
             examples_scored=len(pool),
@@ -190,16 +223,22 @@ class Pools:
         nothing = [merge_rows(drawn[:1], [slice(0, 0)], self.feed.padding)] * step.left_out
         return [*nothing, *drawn], torch.full((), step_items, device=self.clock.device)
 
-    def _rows(self, seen: Scored, kept: int, fewest: int) -> tuple[Tensor, Tensor]:
-        """Let the sampler keep rows of what was scored, as many as there are batches at least."""
+    def _rows(self, seen: Scored, kept: int, fewest: int) -> tuple[Tensor, Tensor, int]:
+        """Let the sampler keep rows of what was scored; where they are fewer than the batches, others fill up.
+
+        Returns:
+            Rows, their weights, 0 where they fill up, and how many do not.
+        """
         scores = seen.scores
         if callable(self.scorer.score):  # a user's: where it is zero the gradient may be none the less
             scores = scores + FLOOR * scores.mean()
         generator = self.facts.generator(self.ranks.rank, self.facts.step(), 0, 2)
         rows, weights = self.sampler.keep(replace(seen, scores=scores, kept=kept, generator=generator))
-        weights = self.sampler.weigh(weights)
+        stands = seen.weights[rows]
+        weights = self.sampler.weigh(weights * stands) / stands
         missing = max(fewest - len(rows), 0)  # ranks wait for each other in each batch, so none may be empty
-        return torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)])
+        filled_up = torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)])
+        return *filled_up, len(rows)
 
     def _score(
         self, step: Step, planned: Pool, pool: PooledBatches, count: int

@@ -9,6 +9,7 @@ all ranks know, so all take the same branch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from hf_importance.objective.loss import Objective
 from hf_importance.ranks import Ranks
 from hf_importance.reporting.report import Report, Totals
 from hf_importance.run.clock import Clock
-from hf_importance.run.feed import Feed
+from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.ledger import Ledger, RunState
 from hf_importance.run.pools import Pools
 from hf_importance.run.step import Step, Watch
@@ -96,13 +97,9 @@ class Run:
         self.objective.step_items = None
         iterator = self.feed.follow(epoch_iterator, count)
         if self.table is not None and self.watch.barred is None:
-            if self.feed.decision_due:
-                self.commit()
-                self._decide()
-            if self.feed.visiting:
-                self.commit()
-                if self.watch.barred is None:
-                    return self._visit(count)
+            given = self._visited(count)
+            if given is not None:
+                return given
         self.clock.begin_step()
         batches, items = own(iterator)
         if not batches:
@@ -189,6 +186,17 @@ class Run:
 
     # ---- Visits ----
 
+    def _visited(self, count: int) -> tuple[list, Any] | None:
+        """Give the micro-batches of a step of visits, where such run or begin."""
+        if self.feed.decision_due:
+            self.commit()
+            self._decide()
+        if not self.feed.visiting:
+            return None
+        self.commit()
+        self.clock.goes_on(wanted=False)
+        return self._visit(count) if self.watch.barred is None else None
+
     def _decide(self) -> None:
         """Ask for visits. All ranks must call it."""
         assert self.table is not None
@@ -208,11 +216,14 @@ class Run:
         self.feed.visit(visits)
         self.ledger.count_switch(before)
 
-    def _visit(self, count: int) -> tuple[list, Tensor]:
+    def _visit(self, count: int) -> tuple[list, Tensor] | None:
         handed, weights = self.feed.hand_out(count), self.objective.weights
         head = self.objective.head
         if weights.known and head is not None:
             handed.batches = [weights.of_visits(head, batch, self.facts.batch_size) for batch in handed.batches]
+        visits = self.feed.state.visits
+        if visits is not None and visits.kept is not None:
+            return self._visit_pools(handed, Pool(math.ceil(visits.batch_size), visits.kept, varies=True))
         sizes = [len(weights) for weights in handed.weights]
         step = self.ledger.begin(Step(self.facts.step(), "visits", drawn=not self.feed.visiting_uniformly))
         step.place = self.feed.where()
@@ -229,6 +240,15 @@ class Run:
         device = self.clock.device
         batches, count = self._handed((handed.batches, torch.full((), items, device=device)))
         return [to_device(batch, device) for batch in batches], count  # as the Trainer's loader does
+
+    def _visit_pools(self, handed: Handed, planned: Pool) -> tuple[list, Tensor] | None:
+        """Score what visits name, and keep a part; None where importance sampling is off for good from now on."""
+        step = self.ledger.begin(Step(self.facts.step(), "pool", drawn=True, represents=handed.represents.double()))
+        kept = self.pools.score_visits(step, planned, handed, self.state.items / self.state.examples)
+        if step.blocked:
+            self.ledger.bar(step.problem)
+            return None
+        return self._handed(kept)
 
     def up_to_date_table(self) -> Table | None:
         """Give the table, if there is one, with all that was found in it; on several ranks as they last exchanged it.

@@ -127,11 +127,12 @@ def state_of(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     run.commit()
     run.report.sync()
+    compared = run.ledger.compared()
     sampler, table, scale, weights = run.sampler, run.table, run.objective.scale, run.objective.weights.state
     state = {
         "version": VERSION,
         "step": run.facts.step(),
-        "run": asdict(run.state),
+        "run": {**asdict(run.state), "compared": run.ranks.sum(compared) if compared else []},
         "totals": asdict(run.report.totals),
         "feed": asdict(run.feed.state),
         "clock": asdict(run.clock.state),
@@ -222,6 +223,8 @@ def resume(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
             " ".join(changed),
         )
     run.ledger.state = from_state(RunState, saved["run"], "run")
+    if run.ranks.rank == 0 and len(run.state.compared) == len(run.ledger.compared()):  # it is one list now
+        run.ledger.compared = run.state.compared.copy
     run.pools.precision.choose(run.state.scoring_dtype)
     run.report.totals = Totals(**saved["totals"])
     if run.objective.scale is not None:

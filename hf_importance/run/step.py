@@ -43,36 +43,29 @@ class Step:
 
     Attributes:
         number: Optimizer steps before it.
-        kind: ``"batch"`` (the Trainer's own), ``"visits"`` or ``"pool"``.
-        drawn: Whether it is drawn by importance.
+        kind: ``"batch"`` (the Trainer's own), ``"visits"`` or ``"pool"``; ``drawn``: whether by importance.
         place: Where reading stands behind it.
         counts: What it trains on and scores, on this rank.
-        given: Of visits: their weights, shape ``(m,)``.
-        represents: And how many uniformly drawn examples each stands for, shape ``(m,)``.
+        given: Of visits: their weights; ``represents``: how many uniform draws each stands for; shape ``(m,)``.
         outputs: What its training passes left, of each micro-batch: scores and item count on the device, indices.
         pool: Of a pool: what was scored.
+        kept: Of a pool, where the sampler compares: scores and loss weights of what is kept, shape ``(2, n)``; with
+            ``heard``, what training passes find of it. ``compared`` gives what came of it in the step before.
         trained: Of a pool: for each of its examples the weight that it is trained with, 0 if it is not.
         sums: Of a pool: the figures over all ranks, see ``Run.commit``.
         micro: What ours each micro-batch holds beside the user's own entries: importance weights and indices.
-        rows: Examples in each.
-        left_out: The first so many are trained on not at all: what was kept is gathered in the others.
-        proves: Whether the loss of this step is held against its head.
-        judged: Whether the outcome is read.
+        rows: Examples in each; ``left_out``: the first so many are not trained on, for the others hold what was kept.
+        proves: Whether the loss of this step is held against its head; ``judged``: whether the outcome is read.
         evidence: What came of it: of steps that read none, and of each micro-batch.
-        begun: Training steps begun.
-        returned: Of each, the loss that was computed in it.
+        begun: Training steps begun; ``returned``: of each, the loss that was computed in it.
         differs: Of earlier steps, and of each of these, on the device, whether another was descended; shape ``(1,)``.
         doubted: Whether these must be known at the next step: nothing was proved yet.
-        fetched: What is on its way to the host.
-        sent: How many of the evidence, and of what differs, are in it.
-        late: What differs, where it was not.
-        figures: Of the evidence in it, once it was read.
+        fetched: What is on its way to the host; ``sent``: how many of the evidence, and of what differs, are in it.
+        late: What differs, where it was not. ``figures``: of the evidence in it, once it was read.
         losses: Losses computed in them.
         descended: How often a backward pass began at one of these, or at what was made of it.
-        labels: Where classes have weights, those of examples that were drawn uniformly.
-        news: What was found of class weights, see :meth:`.ClassWeights.learn`.
-        problem: What stands in the way of importance sampling, found in this step.
-        blocked: Whether a rank found something in its way before anything was drawn; all ranks know.
+        labels: Where classes have weights, those of uniform draws; ``news``: see :meth:`.ClassWeights.learn`.
+        problem: What stands in the way of importance sampling, found in this step; ``blocked``: before a draw.
         times: What it took, where it is timed.
     """
 
@@ -85,6 +78,9 @@ class Step:
     represents: Tensor | None = None
     outputs: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     pool: Scored | None = None
+    kept: Tensor | None = None
+    heard: Fetched | None = None
+    compared: Callable[[], list[float]] = list
     trained: Tensor | None = None
     sums: list[float] | None = None
     micro: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
@@ -254,7 +250,7 @@ class Watch:
             weights = None
         if weights is not None:
             weights = to_device(weights, next(v.device for v in batch.values() if isinstance(v, Tensor)))
-        listens = step.kind != "pool"
+        listens = step.kind != "pool" or step.kept is not None
         loss, outputs, found = objective.loss(own, model, batch, weights, wanted or listens, num_items, step.proves)
         if isinstance(found, str):
             step.problem = step.problem or f"{found} ({self.own_code}). {WHAT_TO_DO}"
@@ -286,8 +282,12 @@ class Watch:
             step.labels.append(objective.head.labels(batch))
             weights = objective.weights.in_batch(step.labels[-1]) if objective.weights.known else None
         step.outputs.append((scores if weights is None else scores * weights, index, items))
-        if step.begun == len(step.micro) == len(step.outputs):  # the copy runs beside the backward pass
-            step.send([found for found, _, _ in step.outputs] + [count[None] for _, _, count in step.outputs])
+        if step.begun == len(step.micro) == len(step.outputs) + step.left_out:
+            parts = [found for found, _, _ in step.outputs]  # the copy runs beside the backward pass
+            if step.kind == "pool":
+                step.heard = Fetched(parts)
+            else:
+                step.send(parts + [count[None] for _, _, count in step.outputs])
 
     def steps_outside(self, step: Step) -> bool:
         """Whether the loss of a step was computed past ours, and ours can be called around the user's from now on."""

@@ -95,6 +95,14 @@ class Auto(Sampler):
         if self.run.table is not None:
             self.remembered.learn(tau, sums[fresh:])
 
+    def compare(self, scored: Tensor, found: Tensor) -> Sequence[float]:
+        """Give what presampling asks for."""
+        return self.fresh.compare(scored, found)
+
+    def learn_compared(self, sums: Sequence[float]) -> None:
+        """Let presampling learn."""
+        self.fresh.learn_compared(sums)
+
     @property
     def active(self) -> bool:
         """Whether one of the two is on."""

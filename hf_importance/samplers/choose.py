@@ -10,6 +10,7 @@ from hf_importance.samplers.history import History
 from hf_importance.samplers.observe import Observe
 from hf_importance.samplers.presample import Presample
 from hf_importance.samplers.sampler import Sampler
+from hf_importance.samplers.two_phase import TwoPhase
 from hf_importance.training_args import ImportanceArguments
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "history": tuple(field.name for field in fields(History)),
 }
 _BOTH = tuple(dict.fromkeys([*SETTINGS["presample"], *SETTINGS["history"]]))
-SETTINGS["auto"] = SETTINGS["observe"] = tuple(name for name in _BOTH if name != "threshold")
+SETTINGS["auto"] = SETTINGS["two_phase"] = SETTINGS["observe"] = tuple(name for name in _BOTH if name != "threshold")
 
 
 def sampler_of(arguments: ImportanceArguments) -> Sampler:
@@ -50,7 +51,7 @@ def sampler_of(arguments: ImportanceArguments) -> Sampler:
         return Presample(**settings)
     if method == "history":
         return History(**settings)
-    kind = Auto if method == "auto" else Observe
+    kind = {"auto": Auto, "two_phase": TwoPhase, "observe": Observe}[method]
     default = "constant_variance" if settings.get("ratio") is None else "variance"
     budget = {"budget": settings.pop("budget", default)}
     remembered = {name: value for name, value in settings.items() if name in SETTINGS["history"]}

@@ -103,6 +103,15 @@ class History(Sampler):
         """Draw the next visits by the table where that pays, else uniformly."""
         return self.cheapest(otherwise=1.0)
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What a remembered score says of today's; None while nothing is known."""
+        return self._proposal.calibration
+
+    def weights(self, index: Tensor) -> Tensor:
+        """Give the weights that examples would have if they were drawn now."""
+        return self._proposal.weights(self.run.table.scores[index])
+
     def calibrate(self) -> None:
         """Bring the proposal up to date with the table."""
         table, state = self.run.table, self.state
@@ -139,14 +148,16 @@ class History(Sampler):
         left = max(run.updates - run.place(), 1)
         # A draw of all examples would be uniform.
         splits = max(self._proposal.splits_for(fraction), 2 if fraction == 1 else 1)
-        return self._draw(fraction, math.ceil(left / max(round(left / run.updates * splits), 1)), uniform=False)
+        visits = self.draw(fraction, math.ceil(left / max(round(left / run.updates * splits), 1)))
+        return visits if self.bias == 1 and not self.normalise else self._biased(visits)
 
     def _uniformly(self) -> Visits:
         """Draw a part of an epoch, or what is left of it, uniformly."""
         left = max(self.run.updates - self.run.place(), 1)
-        return self._draw(1.0, min(max(self.run.updates // UNIFORM_VISITS, 1), left), uniform=True)
+        return self.draw(1.0, min(max(self.run.updates // UNIFORM_VISITS, 1), left), uniform=True)
 
-    def _draw(self, fraction: float, updates: int, uniform: bool) -> Visits:
+    def draw(self, fraction: float, updates: int, uniform: bool = False) -> Visits:
+        """Draw the examples of so many optimizer steps, each of ``fraction`` of a batch."""
         run = self.run
         assert run.examples is not None
         length = min(updates * run.accumulation, run.micro_batches_left)
@@ -155,8 +166,7 @@ class History(Sampler):
         size = math.floor(length * batch_size) * run.ranks
         index, weights = self._proposal.draw(run.table.scores, size, run.generator(run.draws(), 4), uniform)
         self.state.skipped_share = 1 - size / run.examples
-        visits = Visits(index, weights, length, batch_size=batch_size, uniform=uniform)
-        return visits if self.bias == 1 and not self.normalise else self._biased(visits)
+        return Visits(index, weights, length, batch_size=batch_size, uniform=uniform)
 
     def _biased(self, visits: Visits) -> Visits:
         """Bias the weights, an optimizer step of all ranks at a time."""
@@ -178,7 +188,7 @@ class History(Sampler):
         if seen.kind == "visits" and self.state.drawn:
             proposed = seen.weights.square()
         else:
-            proposed = self._proposal.weights(self.run.table.scores[seen.index])
+            proposed = self.weights(seen.index) * seen.weights
         return [float(seen.weights.sum()), float((seen.weights * squares).sum()), float((proposed * squares).sum())]
 
     def learn(self, tau: float, sums: Sequence[float]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_importance.batches.reserve import reserve_unit
 from hf_importance.checkpoint.schema import COUNT, listed, number, optional
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
+from hf_importance.theory.calibration import BINS, InTraining, pair_sums
 from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW, Budget, Plan, plan, price, relative_variance
 from hf_importance.theory.sampling import Resampling, bias_weights, resample
 from hf_importance.theory.tau import derived_threshold
@@ -45,6 +46,8 @@ class Presample(Sampler):
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
         normalise: Whether the weights of a step have the mean 1 exactly, not on average: a bias of order 1/n, on each
             rank by itself.
+        calibrate: Whether to draw by, and promise, what a pool's scores have been found to say of those in training,
+            where dropout is on (:class:`.InTraining`); not with ``"multinomial"``, which is the paper's.
         kappa: Cost of scoring an example over that of training one, where it is known; None: measured.
         fewest: A micro-batch that is trained on holds at least so many examples, or all of a batch: what keeps the
             device busy.
@@ -62,6 +65,7 @@ class Presample(Sampler):
     resampling: Resampling = "systematic"
     bias: float = 1.0
     normalise: bool = False
+    calibrate: bool = True
     kappa: float | None = None
     fewest: int = 1
     on_below: float = ON_BELOW
@@ -75,6 +79,9 @@ class Presample(Sampler):
         switched: Annotated[int | None, optional(COUNT)] = None  # optimizer steps done when a price last switched it
         moments: Annotated[list[float], listed(number(0, 1e300), len(SHARES))] = field(
             default_factory=lambda: [0.0] * len(SHARES)
+        )
+        pairs: Annotated[list[float], listed(number(0, 1e300), 3 * BINS)] = field(
+            default_factory=lambda: [0.0] * (3 * BINS)
         )
 
     def __post_init__(self) -> None:
@@ -103,7 +110,7 @@ class Presample(Sampler):
     def begin(self, run: Facts) -> None:
         """Forget everything, for a run begins."""
         super().begin(run)
-        self._factor = WithoutReplacement(self.momentum)
+        self._factor, self.in_training = WithoutReplacement(self.momentum), InTraining()
         self._warned = False
         if self.kappa is not None:
             run.clock.give(self.kappa)
@@ -187,7 +194,7 @@ class Presample(Sampler):
 
     def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
         """Keep rows in proportion to their scores."""
-        return resample(pool.scores, pool.kept, self.resampling, pool.generator)
+        return resample(self.in_training(pool.scores) * pool.weights, pool.kept, self.resampling, pool.generator)
 
     def weigh(self, weights: Tensor) -> Tensor:
         """Bias the weights of a step as it is asked for."""
@@ -201,13 +208,28 @@ class Presample(Sampler):
             return ()
         if seen.kind == "visits":
             # Few of a skewed draw hold too little of what a pool would.
-            return self._moments([seen.scores] if len(seen.scores) >= FEWEST_SCORES else [], seen.weights)
+            few = len(seen.scores) < FEWEST_SCORES
+            return self._moments([] if few else [seen.scores], [] if few else [seen.weights])
         if seen.kind == "pool":
-            return self._moments(seen.scores.split(list(seen.parts)))
-        return self._moments(seen.scores.split(max(self.run.batch_size, FEWEST_SCORES)))
+            parts = list(seen.parts)
+            return self._moments(seen.scores.split(parts), seen.weights.split(parts))
+        size = max(self.run.batch_size, FEWEST_SCORES)
+        return self._moments(seen.scores.split(size), seen.weights.split(size))
 
-    def _moments(self, pools: Iterable[Tensor], weights: Tensor | None = None) -> list[float]:
-        return sum((inverse_moments(scores, weights) for scores in pools), np.zeros(len(SHARES))).tolist()
+    def _moments(self, pools: Iterable[Tensor], weights: Iterable[Tensor]) -> list[float]:
+        found = (inverse_moments(self.in_training(s), w) for s, w in zip(pools, weights, strict=True))
+        return sum(found, np.zeros(len(SHARES))).tolist()
+
+    def compare(self, scored: Tensor, found: Tensor) -> Sequence[float]:
+        """Give the pairs of scores in sums, where it calibrates; "gradient_norm" is not found in training."""
+        calibrates = self.calibrate and self.resampling == "systematic" and self.score != "gradient_norm"
+        return pair_sums(scored, found) if calibrates else ()
+
+    def learn_compared(self, sums: Sequence[float]) -> None:
+        """Average in the pairs."""
+        if sums:
+            self.in_training.average(sums)
+            self.state.pairs = self.in_training.sums
 
     def learn(self, tau: float, sums: Sequence[float]) -> None:
         """Average in the variance, and go on or off; not while visits run, which end by themselves."""
@@ -261,3 +283,4 @@ class Presample(Sampler):
         """Take up what :meth:`state_dict` gave."""
         super().load_state_dict(state)
         self._factor.load(self.state.moments)
+        self.in_training.sums = self.state.pairs

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_importance.checkpoint.schema import from_state
+from hf_importance.checkpoint.schema import Nothing, from_state
 from hf_importance.theory.costs import STAY, STREAM_STAY
 
 
@@ -39,6 +39,8 @@ class Visits:
         batch_size: Examples of a micro-batch on each rank, on average, at least 1; None: evenly split. Sizes differ by
             one at most.
         uniform: Whether they are drawn uniformly, so that the steps count as off.
+        kept: They are scored, and ``keep`` keeps about so many for each micro-batch, of pools of ``batch_size`` each;
+            weights multiply. None: all are trained on.
     """
 
     index: Tensor
@@ -47,6 +49,7 @@ class Visits:
     represents: Tensor | None = None
     batch_size: float | None = None
     uniform: bool = False
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ class Facts:
         micro_batches: Of an epoch, on each rank; 0 for a stream.
         updates: Optimizer steps of an epoch; 0 for a stream.
         fewest: Examples that a micro-batch should keep at least (BatchNorm needs some to normalise by).
-        rank: Index of this process. Nothing that decides may depend on it.
-        ranks: Number of processes.
+        rank: Index of this process, of ``ranks``. Nothing that decides may depend on it.
         seed: What all draws are keyed by.
         table: Last score of each example, where the sampler remembers, else None: ``table.scores`` is NaN where an
             example was never seen; float32, shape ``(examples,)``.
@@ -110,12 +112,9 @@ class Facts:
         step: Gives the optimizer steps done.
         steps: Gives those of the whole run.
         place: Gives the optimizer steps of this epoch before this one.
-        visiting: Gives whether the steps before this point were visits.
-        drawn: Gives whether the last step was drawn by importance.
-        draws: Gives how many visits were begun.
-        tau: Gives the moving average of τ, ``>= 1``.
-        score_all: Scores every example anew, in a forward pass over the training set, into the table. All ranks must
-            call it; it costs what it costs, and counts as scoring.
+        visiting: Gives whether the steps before this point were visits; ``drawn``: whether drawn by importance.
+        draws: Gives how many visits were begun; ``tau``: the moving average of τ, ``>= 1``.
+        score_all: Scores every example anew into the table, in forward passes; all ranks must call it.
         generator: Gives a generator for a key of non-negative integers: keyed by the seed too, so that none is saved.
     """
 
@@ -162,11 +161,6 @@ class Facts:
         return self.steps() - self.step() < self.stay
 
 
-@dataclass
-class Nothing:
-    """The state of a sampler that has none."""
-
-
 class Sampler:
     """A sampling method. All that it decides follows from figures that every rank has; see the module.
 
@@ -177,8 +171,7 @@ class Sampler:
         momentum: Share of the old average of τ that a step keeps, in ``[0, 1)``.
         State: A dataclass of what is saved and changes in the course of a run: numbers, flags, lists of numbers. A
             fresh one is made when a run begins.
-        state: The one of this run.
-        run: What is known of this run.
+        state: The one of this run; ``run``: what is known of it.
     """
 
     score: str | Callable[[Any, Tensor], Tensor] = "upper_bound"
@@ -243,6 +236,13 @@ class Sampler:
             tau: Of this step alone; ``run.tau()`` is the average, this step in it.
             sums: What :meth:`measure` gave, over all ranks.
         """
+
+    def compare(self, scored: Tensor, found: Tensor) -> Sequence[float]:
+        """Give figures of what was kept of pools: its scores then, and in training, float64, shape ``(m,)`` each."""
+        return ()
+
+    def learn_compared(self, sums: Sequence[float]) -> None:
+        """Take in what ``compare`` gave of the step before, over all ranks."""
 
     # ---- Say ----
 
