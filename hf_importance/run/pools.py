@@ -224,11 +224,7 @@ class Pools:
         return [*nothing, *drawn], torch.full((), step_items, device=self.clock.device)
 
     def _rows(self, seen: Scored, kept: int, fewest: int) -> tuple[Tensor, Tensor, int]:
-        """Let the sampler keep rows of what was scored; where they are fewer than the batches, others fill up.
-
-        Returns:
-            Rows, their weights, 0 where they fill up, and how many do not.
-        """
+        """Let the sampler keep rows, with weights; others, of weight 0, fill up to ``fewest``. Last how many do not."""
         scores = seen.scores
         if callable(self.scorer.score):  # a user's: where it is zero the gradient may be none the less
             scores = scores + FLOOR * scores.mean()
@@ -237,8 +233,7 @@ class Pools:
         stands = seen.weights[rows]
         weights = self.sampler.weigh(weights * stands) / stands
         missing = max(fewest - len(rows), 0)  # ranks wait for each other in each batch, so none may be empty
-        filled_up = torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)])
-        return *filled_up, len(rows)
+        return torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)]), len(rows)
 
     def _score(
         self, step: Step, planned: Pool, pool: PooledBatches, count: int
