@@ -224,7 +224,10 @@ class Pools:
         return [*nothing, *drawn], torch.full((), step_items, device=self.clock.device)
 
     def _rows(self, seen: Scored, kept: int, fewest: int) -> tuple[Tensor, Tensor, int]:
-        """Let the sampler keep rows, with weights; others, of weight 0, fill up to ``fewest``. Last how many do not."""
+        """Let the sampler keep rows, with weights; others, of weight 0, fill up to ``fewest``. Last, how many did not.
+
+        Ranks wait for each other in each batch, so none may be empty.
+        """
         scores = seen.scores
         if callable(self.scorer.score):  # a user's: where it is zero the gradient may be none the less
             scores = scores + FLOOR * scores.mean()
@@ -232,7 +235,7 @@ class Pools:
         rows, weights = self.sampler.keep(replace(seen, scores=scores, kept=kept, generator=generator))
         stands = seen.weights[rows]
         weights = self.sampler.weigh(weights * stands) / stands
-        missing = max(fewest - len(rows), 0)  # ranks wait for each other in each batch, so none may be empty
+        missing = max(fewest - len(rows), 0)
         return torch.cat([rows, rows[:1].expand(missing)]), torch.cat([weights, torch.zeros(missing)]), len(rows)
 
     def _score(
