@@ -1,7 +1,7 @@
 """What the bench trains on: pictures and texts as tensors in memory, each split into train, validation and test.
 
-A folder of data holds one folder a data set, with ``train.parquet`` and ``test.parquet``. The validation part is carved
-from the training rows; the test rows are only reported on.
+A folder of data holds one folder a data set, with ``train.parquet`` and ``test.parquet``. The validation part is
+carved from the training rows; the test rows are only reported on.
 """
 
 from __future__ import annotations

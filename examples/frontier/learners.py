@@ -143,9 +143,13 @@ def _fashion(size: int, wrong: float = 0.0) -> Callable[[Path, Path], Splits]:
     return load
 
 
-def _cifar(folder: Path, models: Path) -> Splits:
-    train, test = data.pictures(folder / "cifar10_jpeg_20k")
-    return data.split(data.Examples(train.tensors, data.flips_and_crops), test, 18000, 2000, classes=10)
+def _animals(folder: Path, models: Path) -> Splits:
+    """Animals (six of the ten classes) against vehicles: what a small network learns in an epoch or two."""
+    parts = data.pictures(folder / "cifar10_jpeg_20k")
+    labels = (part.tensors["labels"] for part in parts)
+    animal = (((label >= 2) & (label <= 7)).long() for label in labels)
+    train, test = (data.Examples({**part.tensors, "labels": label}) for part, label in zip(parts, animal, strict=True))
+    return data.split(data.Examples(train.tensors, data.flips_and_crops), test, 18000, 2000, classes=2)
 
 
 def _texts(name: str, size: int, validation: int, classes: int) -> Callable[[Path, Path], Splits]:
@@ -158,7 +162,7 @@ def _texts(name: str, size: int, validation: int, classes: int) -> Callable[[Pat
 
 def _characters(folder: Path, models: Path) -> Splits:
     train, test, alphabet = data.characters(folder / "tinyshakespeare", SMALL_TEXT)
-    return data.split(train, test, 512, 500, classes=alphabet, words=alphabet)
+    return data.split(train, test.part(0, 500), 256, 250, classes=alphabet, words=alphabet)
 
 
 def _text_cnn(parts: Splits) -> nn.Module:
@@ -174,10 +178,14 @@ ADAM: dict[str, Any] = {"batch_size": 32, "rates": (1e-3, 2e-3, 4e-3)}
 TOO_LONG = (0.25, 0.5, 1, 2)
 TASKS = {
     "fashion": Task(True, _fashion(55000), cnn, epochs=1, **SGD),
-    "requests": Task(True, _texts("clinc150", 13500, 1500, 150), _text_cnn, epochs=2, **ADAM),
+    "requests": Task(
+        True, _texts("clinc150", 13500, 1500, 150), _text_cnn, epochs=2, **{**ADAM, "rates": (2e-3, 4e-3, 8e-3)}
+    ),
     "lstm": Task(True, _fashion(12000), _row_lstm, 64, 3, (2e-3, 5e-3, 1e-2)),
-    "cifar": Task(True, _cifar, resnet, epochs=1, **{**SGD, "rates": (0.05, 0.1, 0.2)}),
-    "reviews, few": Task(False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM),
+    "animals": Task(True, _animals, resnet, epochs=1, **{**SGD, "rates": (0.05, 0.1, 0.2)}),
+    "reviews, few": Task(
+        False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM
+    ),
     "wrong labels": Task(False, _fashion(10000, 0.1), cnn, epochs=5, budgets=TOO_LONG, **SGD),
     "requests, few": Task(False, _texts("clinc150", 1500, 1500, 150), _text_cnn, epochs=15, budgets=TOO_LONG, **ADAM),
     "characters": Task(False, _characters, gpt, 16, 10, (1e-3, 3e-3, 6e-3), budgets=TOO_LONG),

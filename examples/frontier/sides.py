@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Pool, Presample, Sampler, Scored  # noqa: F401
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Presample, Sampler, Scored
 from hf_importance.samplers.published import InfoBatch
 
 HERE = Path(__file__).parent
@@ -119,7 +119,9 @@ def commit() -> str:
 def splits(task: str, folder: Path, models: Path, share: float) -> Splits:
     """Read a task's data, once for the runs that follow each other, and keep a share of what is trained on."""
     found = TASKS[task].load(folder, models)
-    kept = [part.part(0, max(math.ceil(len(part) * share), 32)) for part in (found.train, found.validation, found.test)]
+    kept = [
+        part.part(0, max(math.ceil(len(part) * share), 256)) for part in (found.train, found.validation, found.test)
+    ]
     return Splits(*kept, classes=found.classes, words=found.words)
 
 

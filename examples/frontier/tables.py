@@ -1,0 +1,287 @@
+"""What the results say: tables for the page, the figure, the compute multiplier and the verdict."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from learners import TASKS
+from sides import SIDES
+
+MARKS = "<!-- tables -->", "<!-- end of tables -->"
+Row = dict[str, Any]
+
+
+@dataclass
+class Point:
+    """One side at one length on one task, over seeds.
+
+    Attributes:
+        rows: The runs, by their seed.
+    """
+
+    task: str
+    side: str
+    kappa: float
+    budget: float
+    rows: dict[int, Row] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        """Give the mean over seeds."""
+        return float(np.mean([row[name] for row in self.rows.values()]))
+
+    def error_of_mean(self, name: str) -> float:
+        """Give its standard error."""
+        return standard_error([row[name] for row in self.rows.values()])
+
+
+@dataclass
+class Against:
+    """A point against plain training.
+
+    Attributes:
+        difference: Test error minus that of the best plain run at equal compute, mean over the same seeds.
+        deviation: Its standard error.
+        loss: The same of the test loss.
+        multiplier: Compute of plain training with the same test error over this one's.
+        bound: ``"≥"`` or ``"≤"`` where no plain run is as good, or as bad, else empty.
+    """
+
+    difference: float
+    deviation: float
+    loss: float
+    multiplier: float
+    bound: str
+
+
+def standard_error(values: Iterable[float]) -> float:
+    """Give the standard error of a mean; NaN for one value."""
+    found = list(values)
+    return float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else float("nan")
+
+
+def chosen(store: Any, best_rate: Callable[..., float | None]) -> list[Row]:
+    """Give the runs with the learning rates that the validation part chose."""
+    return [row for row in store.find() if row["rate"] == best_rate(store, row["task"], row["side"], row["budget"])]
+
+
+def points(rows: list[Row]) -> list[Point]:
+    """Gather runs over their seeds; those that have another's cost stand at their mean."""
+    found: dict[tuple, Point] = {}
+    for row in rows:
+        given = row["of"] or row["kappa"]
+        length = 0.0 if row["of"] else row["budget"]
+        key = row["task"], row["side"], given, length
+        found.setdefault(key, Point(*key)).rows[row["seed"]] = row
+    return list(found.values())
+
+
+def plain_curve(all_points: list[Point], task: str) -> list[Point]:
+    """Give the plain runs of a task by their length."""
+    return sorted((p for p in all_points if p.task == task and p.side == "plain"), key=lambda p: p.budget)
+
+
+def against(point: Point, curve: list[Point]) -> Against | None:
+    """Hold a point against the plain runs; None where they have no seed in common.
+
+    The best plain run at equal compute is the plain curve there, between its points by the logarithm of compute, or a
+    shorter plain run whose validation error is lower.
+    """
+    seeds = sorted(set(point.rows).intersection(*(set(plain.rows) for plain in curve)))
+    if not seeds:
+        return None
+    compute = float(np.mean([point.rows[seed]["compute"] for seed in seeds]))
+    at = np.log([np.mean([plain.rows[seed]["compute"] for seed in seeds]) for plain in curve])
+
+    def on_curve(name: str, place: float) -> np.ndarray:
+        return np.array([np.interp(place, at, [plain.rows[seed][name] for plain in curve]) for seed in seeds])
+
+    places = [np.log(compute), *(place for place in at if place < np.log(compute))]
+    best = min(places, key=lambda place: on_curve("validation_error", place).mean())
+
+    def differences(name: str) -> np.ndarray:
+        return np.array([point.rows[seed][name] for seed in seeds]) - on_curve(name, best)
+
+    error = float(np.mean([point.rows[seed]["test_error"] for seed in seeds]))
+    means = np.minimum.accumulate([np.mean([plain.rows[seed]["test_error"] for seed in seeds]) for plain in curve])
+    same = float(np.exp(np.interp(-error, -means, at)))
+    bound = "≥ " if error < means[-1] else "≤ " if error > means[0] else ""
+    found = differences("test_error")
+    return Against(
+        float(found.mean()), standard_error(found), float(differences("test_loss").mean()), same / compute, bound
+    )
+
+
+# ---- Tables ----
+
+
+def _rank(point: Point) -> tuple:
+    return list(SIDES).index(point.side), -point.kappa, point.budget
+
+
+def _percent(value: float, deviation: float | None = None, sign: str = "") -> str:
+    shown = f"{100 * value:{sign}.2f}"
+    return shown if deviation is None else f"{shown} ± {100 * deviation:.2f}"
+
+
+def table_of(all_points: list[Point], task: str) -> str:
+    """Write the table of a task."""
+    curve = plain_curve(all_points, task)
+    lines = [
+        f"### {task}",
+        "",
+        "| | κ | steps | rate | seeds | compute | CPU s | on | test error, % | test loss | against plain, points "
+        "| loss against plain | multiplier |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for point in sorted((p for p in all_points if p.task == task), key=_rank):
+        compared = None if point.side == "plain" else against(point, curve)
+        cells = [
+            point.side,
+            f"{point.kappa:.2f}" if point.kappa else "",
+            f"{point.mean('steps'):.0f}",
+            f"{next(iter(point.rows.values()))['rate']:g}",
+            str(len(point.rows)),
+            f"{point.mean('compute'):.2f}",
+            f"{point.mean('seconds'):.1f}",
+            "" if SIDES[point.side].settings is None else f"{100 * point.mean('on'):.0f} %",
+            _percent(point.mean("test_error"), point.error_of_mean("test_error")),
+            f"{point.mean('test_loss'):.3f}",
+        ]
+        if compared is None:
+            cells += ["", "", ""]
+        else:
+            cells.append(_percent(compared.difference, compared.deviation, "+"))
+            cells += [f"{compared.loss:+.3f}", f"{compared.bound}{compared.multiplier:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(all_points: list[Point]) -> str:
+    """Write, a line a side, the multiplier where more helps, and on how many tasks it is better and worse."""
+    lines = [
+        "| | κ | steps | tasks | multiplier where more helps | better by 2 se | worse by 1 se "
+        "| mean difference, points | where more helps | where not |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple, dict[str, Against]] = defaultdict(dict)
+    for point in sorted(all_points, key=_rank):
+        compared = None if point.side == "plain" else against(point, plain_curve(all_points, point.task))
+        if compared is not None and len(point.rows) > 1:
+            groups[point.side, point.kappa, point.budget][point.task] = compared
+    for (side, kappa, budget), found in groups.items():
+        helping = [one for task, one in found.items() if TASKS[task].more_helps]
+        other = [one for task, one in found.items() if not TASKS[task].more_helps]
+        multiplier = np.exp(np.mean([np.log(one.multiplier) for one in helping])) if helping else float("nan")
+        bound = "".join(sorted({one.bound for one in helping})).replace(" ", "")
+        better = [task for task, one in found.items() if one.difference < -2 * one.deviation]
+        worse = [task for task, one in found.items() if one.difference > one.deviation]
+        means = [
+            _percent(np.mean([one.difference for one in some]), sign="+") if some else ""
+            for some in (list(found.values()), helping, other)
+        ]
+        cells = [side, f"{kappa:.2f}" if kappa else "", f"{budget:g}" if budget else "", str(len(found))]
+        cells += [f"{bound} {multiplier:.2f}", _named(better), _named(worse), *means]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _named(tasks: list[str]) -> str:
+    return f"{len(tasks)}: {'; '.join(tasks)}" if tasks else "0"
+
+
+def plain_helped(all_points: list[Point]) -> str:
+    """Say of each task what twice the plain compute brings."""
+    lines = ["| | more was expected to help | 2 against 1, points |", "|---|---|--:|"]
+    for task in TASKS:
+        curve = {point.budget: point.rows for point in plain_curve(all_points, task)}
+        if not {1, 2} <= set(curve):
+            continue
+        seeds = sorted(set(curve[1]) & set(curve[2]))
+        found = [curve[2][seed]["test_error"] - curve[1][seed]["test_error"] for seed in seeds]
+        expected = "yes" if TASKS[task].more_helps else "no"
+        lines.append(f"| {task} | {expected} | {_percent(np.mean(found), standard_error(found), '+')} |")
+    return "\n".join(lines)
+
+
+def write(rows: list[Row], page: Path) -> None:
+    """Put the tables into a page, between its two marks."""
+    found = points(rows)
+    tasks = [task for task in TASKS if plain_curve(found, task)]
+    made = sorted({(row["commit"], row["torch"], row["transformers"]) for row in rows})
+    said = "; ".join(f"commit {one}, torch {two}, transformers {three}" for one, two, three in made)
+    text = "\n\n".join(
+        [
+            f"Made of {len(rows)} runs: {said}.",
+            summary(found),
+            plain_helped(found),
+            *(table_of(found, t) for t in tasks),
+        ]
+    )
+    old = page.read_text()
+    pattern = re.compile(f"{MARKS[0]}.*{MARKS[1]}", re.DOTALL)
+    if not pattern.search(old):
+        raise SystemExit(f"{page} has no place for the tables: {MARKS[0]} and {MARKS[1]}.")
+    page.write_text(pattern.sub(lambda _: f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}", old))
+
+
+# ---- Figure ----
+
+SHOWN = {"presample": "C0", "k=1/2": "C1", "k=0": "C5", "history": "C2", "auto": "C3", "InfoBatch": "C4"}
+SHAPES = {0.0: "s", 1 / 3: "o", 0.17: "^"}
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Draw error against compute, a panel a task: plain as a curve with one standard error, ours as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = points(rows)
+    tasks = [task for task in TASKS if plain_curve(found, task)]
+    across = min(len(tasks), 4)
+    figure, panels = plt.subplots(
+        -(-len(tasks) // across), across, figsize=(3.6 * across, 3.2 * -(-len(tasks) // across)), squeeze=False
+    )
+    for panel, task in zip(panels.flat, tasks, strict=False):
+        curve = plain_curve(found, task)
+        at, mean, deviation = (
+            np.array(values)
+            for values in zip(
+                *((p.mean("compute"), 100 * p.mean("test_error"), 100 * p.error_of_mean("test_error")) for p in curve),
+                strict=True,
+            )
+        )
+        panel.plot(at, mean, "k.-", label="plain")
+        panel.fill_between(at, mean - deviation, mean + deviation, color="k", alpha=0.15, linewidth=0)
+        for point in found:
+            if point.task == task and point.side in SHOWN and point.kappa in SHAPES:
+                name = f"{point.side}, κ {point.kappa:.2f}" if point.kappa else point.side
+                error = 100 * point.error_of_mean("test_error")
+                style = {"color": SHOWN[point.side], "fmt": SHAPES[point.kappa], "markersize": 5, "capsize": 2}
+                panel.errorbar(
+                    point.mean("compute"), 100 * point.mean("test_error"), error, label=name, elinewidth=1, **style
+                )
+        panel.set_xscale("log")
+        panel.set_xticks(at, [f"{value:g}" for value in at.round(2)], minor=False)
+        panel.minorticks_off()
+        panel.set_title(task, fontsize=10)
+    for panel in panels.flat[len(tasks) :]:
+        panel.axis("off")
+    figure.supxlabel("compute, in base runs", fontsize=10)
+    figure.supylabel("test error, %", fontsize=10)
+    known = {}
+    for panel in panels.flat[: len(tasks)]:
+        handles, names = panel.get_legend_handles_labels()
+        known |= dict(zip(names, handles, strict=True))
+    figure.legend(known.values(), known, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0.01, 0.06, 1, 1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
