@@ -174,13 +174,11 @@ def _row_lstm(parts: Splits) -> nn.Module:
 
 
 SGD: dict[str, Any] = {"batch_size": 64, "rates": (0.02, 0.05, 0.1), "sgd": True}
-ADAM: dict[str, Any] = {"batch_size": 32, "rates": (1e-3, 2e-3, 4e-3)}
+ADAM: dict[str, Any] = {"batch_size": 32, "rates": (2e-3, 4e-3, 8e-3)}
 TOO_LONG = (0.25, 0.5, 1, 2)
 TASKS = {
     "fashion": Task(True, _fashion(55000), cnn, epochs=1, **SGD),
-    "requests": Task(
-        True, _texts("clinc150", 13500, 1500, 150), _text_cnn, epochs=2, **{**ADAM, "rates": (2e-3, 4e-3, 8e-3)}
-    ),
+    "requests": Task(True, _texts("clinc150", 13500, 1500, 150), _text_cnn, epochs=2, **ADAM),
     "lstm": Task(True, _fashion(12000), _row_lstm, 64, 3, (2e-3, 5e-3, 1e-2)),
     "animals": Task(True, _animals, resnet, epochs=1, **{**SGD, "rates": (0.05, 0.1, 0.2)}),
     "reviews, few": Task(
