@@ -14,14 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset as Rows
-from datasets import disable_progress_bars
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 TOKENIZER = "minilm-l6-h384-fp16"
 LONGEST = 32  # tokens of a text; what is longer is cut
-disable_progress_bars()
 
 
 class Examples(Dataset):
@@ -85,8 +83,7 @@ class Splits:
 def split(training: Examples, test: Examples, size: int, validation: int, **counts: int) -> Splits:
     """Train on the first ``size`` of the training rows, validate on the last ``validation`` of them."""
     held_out = training.part(len(training) - validation, len(training))
-    plain = Examples(held_out.tensors)
-    return Splits(training.part(0, size), plain, test, **counts)
+    return Splits(training.part(0, size), Examples(held_out.tensors), test, **counts)
 
 
 @lru_cache(maxsize=2)

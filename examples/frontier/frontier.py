@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import tables
+import torch
+from datasets import disable_progress_bars
 from learners import TASKS
 from sides import SIDES, Job, commit, run
+from transformers.utils import logging
 
 THIRD, SIXTH, TENTH = 1 / 3, 0.17, 0.1
 TUNED_AT = (0.5, 1, 2)  # lengths of plain runs whose learning rate is searched for; others have that of the nearest
@@ -100,8 +103,9 @@ def tuned(task: str, side: str, budget: float) -> tuple[str, float, float]:
 def best_rate(store: Store, task: str, side: str, budget: float) -> float | None:
     """Give the learning rate with the lowest validation error, and loss where that is the same; None: not run yet."""
     side, kappa, length = tuned(task, side, budget)
-    rows = store.find(task=task, side=side, kappa=kappa, budget=length, seed=0)
-    if {row["rate"] for row in rows} < set(TASKS[task].rates):
+    grid = set(TASKS[task].rates)
+    rows = [r for r in store.find(task=task, side=side, kappa=kappa, budget=length, seed=0) if r["rate"] in grid]
+    if {row["rate"] for row in rows} != grid:
         return None
     return min(rows, key=lambda row: (row["validation_error"], row["validation_loss"]))["rate"]
 
@@ -166,6 +170,9 @@ def main() -> None:
         if given.figure:
             tables.draw(rows, given.figure)
         return
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    disable_progress_bars()
     seeds, share = (((0,),), 0.02) if given.quick else (SEEDS, 1.0)
     for job in missing(store, given.rounds, given.tasks, seeds):
         row = run(job, given.data, given.models, share)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import data
-import torch
 from data import Splits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -180,7 +179,7 @@ TASKS = {
     "fashion": Task(True, _fashion(55000), cnn, epochs=1, **SGD),
     "requests": Task(True, _texts("clinc150", 13500, 1500, 150), _text_cnn, epochs=2, **ADAM),
     "lstm": Task(True, _fashion(12000), _row_lstm, 64, 3, (2e-3, 5e-3, 1e-2)),
-    "animals": Task(True, _animals, resnet, epochs=1, **{**SGD, "rates": (0.05, 0.1, 0.2)}),
+    "animals": Task(True, _animals, resnet, epochs=1, **{**SGD, "rates": (0.02, 0.05, 0.1)}),
     "reviews, few": Task(
         False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM
     ),
@@ -188,4 +187,3 @@ TASKS = {
     "requests, few": Task(False, _texts("clinc150", 1500, 1500, 150), _text_cnn, epochs=15, budgets=TOO_LONG, **ADAM),
     "characters": Task(False, _characters, gpt, 16, 10, (1e-3, 3e-3, 6e-3), budgets=TOO_LONG),
 }
-torch.set_num_threads(1)

@@ -18,7 +18,6 @@ from data import Examples, Splits
 from learners import TASKS, Task
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.utils import logging
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Presample, Sampler, Scored
 from hf_importance.samplers.published import InfoBatch
@@ -219,6 +218,3 @@ def evaluate(model: nn.Module, part: Examples, shifted: bool) -> tuple[float, fl
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
     return wrong / count, loss / count
-
-
-logging.set_verbosity_error()
