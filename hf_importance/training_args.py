@@ -100,7 +100,8 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "More settings of the method, a dict or JSON ('{\"margin\": 1.2}'): for 'presample' margin, "
-            "momentum, resampling, bias, kappa; for 'history' margin, share, momentum, bias; see their classes."
+            "momentum, resampling, bias, normalise, kappa; for 'history' margin, share, momentum, bias, normalise; "
+            "see their classes."
         },
     )
 

@@ -124,6 +124,12 @@ def biased_weights(weights: list[float], scores: list[float], exponent: float) -
     return [scale * w for w in raised]
 
 
+def normalised_weights(weights: list[float], exponent: float) -> list[float]:
+    """w^k over their mean."""
+    raised = [w**exponent for w in weights]
+    return [w * len(raised) / math.fsum(raised) for w in raised]
+
+
 def presampled_gain(pool: int, kept: int, size: int, tau: float) -> float:
     """How much larger a uniform batch than ``size`` has the variance 1/B + 1/(τ² n)."""
     return (1 / size) / (1 / pool + 1 / (tau**2 * kept))

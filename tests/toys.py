@@ -123,7 +123,7 @@ class Recorder(TrainerCallback):
 
 
 # What goes to the sampler's constructor by importance_kwargs.
-OF_THE_SAMPLER = ("margin", "share", "momentum", "resampling", "bias", "kappa", "score")
+OF_THE_SAMPLER = ("margin", "share", "momentum", "resampling", "bias", "normalise", "kappa", "score")
 
 
 def arguments(tmp_path, **overrides) -> ImportanceTrainingArguments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, starmap
 from typing import Any
 
 import torch
@@ -146,11 +147,10 @@ class Pools:
         if not finite:
             self.clock.whole_batch()  # all of the own batch is trained on
         drawn, trained = [], []
-        for micro, (pool, given_back) in enumerate(zip(pools, raw, strict=True)):
-            part = slice(sum(sizes[:micro]), sum(sizes[: micro + 1]))
-            rows, weights = torch.arange(pool.sizes[0]), torch.ones(pool.sizes[0])
+        for (pool, given_back), (rows, weights) in zip(
+            zip(pools, raw, strict=True), self._kept(seen, pools, share, finite), strict=True
+        ):
             if finite:
-                rows, weights = self._rows(seen, part, pool.sizes[0], share, micro)
                 batch, given = stand_for(given_back, rows, weights, share)
             else:
                 batch, given = keep_own(given_back, share)
@@ -168,6 +168,19 @@ class Pools:
         step_items = step_items or 1.0  # else all of a rank's own labels are ignored, and its loss is 0
         self.objective.step_items = step_items
         return drawn, torch.tensor(step_items, device=self.clock.device)
+
+    def _kept(
+        self, seen: Scored, pools: list[PooledBatches], share: float, finite: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Give of each pool the rows that are kept, and their weights; its own batch where scores are not finite."""
+        if not finite:
+            return [(torch.arange(pool.sizes[0]), torch.ones(pool.sizes[0])) for pool in pools]
+        ends = list(accumulate((len(pool) for pool in pools), initial=0))
+        parts = zip(pools, starmap(slice, pairwise(ends)), strict=True)
+        found = [self._rows(seen, part, pool.sizes[0], share, micro) for micro, (pool, part) in enumerate(parts)]
+        weights = self.sampler.weigh(torch.cat([weights for _, weights in found]))
+        sizes = [len(rows) for rows, _ in found]
+        return list(zip((rows for rows, _ in found), weights.split(sizes), strict=True))
 
     def _rows(self, seen: Scored, part: slice, own: int, share: float, micro: int) -> tuple[Tensor, Tensor]:
         """Let the sampler keep rows of one pool."""

@@ -81,6 +81,10 @@ class Auto(Sampler):
         """Keep rows in proportion to their scores."""
         return self.fresh.keep(pool)
 
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Bias the weights of a step as presampling does."""
+        return self.fresh.weigh(weights)
+
     def measure(self, seen: Scored) -> Sequence[float]:
         """Give what both ask for."""
         remembered = () if self.run.table is None else self.remembered.measure(seen)

@@ -52,6 +52,7 @@ class History(Sampler):
         share: ε, the share of every draw that is uniform, in ``(0, 1]``; weights stay below its inverse.
         momentum: Of the average of τ, in ``[0, 1)``.
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
+        normalise: Whether the weights of a step have the mean 1 exactly, not on average: a bias of order 1/n.
     """
 
     budget: MemoryBudget = "variance"
@@ -60,6 +61,7 @@ class History(Sampler):
     share: float = 0.1
     momentum: float = 0.9
     bias: float = 1.0
+    normalise: bool = False
 
     remembers = True
 
@@ -152,14 +154,15 @@ class History(Sampler):
         index, weights = self._proposal.draw(run.table.scores, size, run.generator(run.draws(), 4), uniform)
         self.state.skipped_share = 1 - size / run.examples
         visits = Visits(index, weights, length, batch_size=batch_size, uniform=uniform)
-        return visits if self.bias == 1 else self._biased(visits)
+        return visits if self.bias == 1 and not self.normalise else self._biased(visits)
 
     def _biased(self, visits: Visits) -> Visits:
-        """Raise the weights to a power, a micro-batch of all ranks at a time."""
+        """Bias the weights, an optimizer step of all ranks at a time."""
         assert visits.batch_size is not None
-        ends = [math.floor(m * visits.batch_size) * self.run.ranks for m in range(visits.micro_batches + 1)]
+        firsts = [*range(0, visits.micro_batches, self.run.accumulation), visits.micro_batches]
+        ends = [math.floor(micro * visits.batch_size) * self.run.ranks for micro in firsts]
         together = visits.weights.split([end - start for start, end in pairwise(ends)])
-        biased = torch.cat([bias_weights(weights, self.bias) for weights in together])
+        biased = torch.cat([bias_weights(weights, self.bias, self.normalise) for weights in together])
         return Visits(
             visits.index, biased, visits.micro_batches, visits.weights, visits.batch_size, uniform=visits.uniform
         )

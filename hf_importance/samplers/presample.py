@@ -45,6 +45,8 @@ class Presample(Sampler):
         momentum: Of the averages of τ and of the variance, in ``[0, 1)``.
         resampling: ``"systematic"`` (without replacement) or ``"multinomial"`` (with, as the paper has it).
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
+        normalise: Whether the weights of a step have the mean 1 exactly, not on average: a bias of order 1/n, on each
+            rank by itself.
         kappa: Cost of scoring an example over that of training one, where it is known; None: measured.
         on_below: Price below which it goes on.
         off_above: Price above which it goes off.
@@ -58,6 +60,7 @@ class Presample(Sampler):
     momentum: float = 0.9
     resampling: Resampling = "systematic"
     bias: float = 1.0
+    normalise: bool = False
     kappa: float | None = None
     on_below: float = 1.0
     off_above: float = TOLERATED_PRICE
@@ -168,8 +171,11 @@ class Presample(Sampler):
 
     def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
         """Keep rows in proportion to their scores."""
-        rows, weights = resample(pool.scores, pool.kept, self.resampling, pool.generator)
-        return rows, bias_weights(weights, self.bias)
+        return resample(pool.scores, pool.kept, self.resampling, pool.generator)
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Bias the weights of a step as it is asked for."""
+        return bias_weights(weights, self.bias, self.normalise)
 
     # ---- Learn ----
 

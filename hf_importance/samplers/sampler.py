@@ -217,6 +217,19 @@ class Sampler:
         """
         raise NotImplementedError(f"{type(self).__name__} asks for pools, so it must say what to keep of one.")
 
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Bias the weights of what is kept in one optimizer step, over all its micro-batches on this rank.
+
+        A step is the same however it is cut into micro-batches, so what depends on more than one weight belongs here.
+
+        Args:
+            weights: What :meth:`keep` gave, float64, shape ``(n,)``.
+
+        Returns:
+            What they are trained with, shape ``(n,)``.
+        """
+        return weights
+
     # ---- Learn ----
 
     def measure(self, seen: Scored) -> Sequence[float]:

@@ -144,30 +144,40 @@ def resample(
     raise ValueError(f"resampling must be 'systematic' or 'multinomial', but it is {method!r}.")
 
 
-def bias_weights(weights: Tensor, exponent: float) -> Tensor:
-    r"""Raise importance weights to a power, rescaled as the authors do: a bias that favours what is drawn more.
+def bias_weights(weights: Tensor, exponent: float, normalise: bool = False) -> Tensor:
+    r"""Raise the importance weights of a step to a power, and rescale them: a bias that favours what is drawn more.
 
-    :math:`\hat w_i = c\, w_i^k` with ``c`` such that :math:`\sum \hat w_i \hat G_i = \sum w_i \hat G_i`, and
-    :math:`\hat G_i \propto 1 / w_i`: the batch's summed score, so about the length of the step, stays. At 1 the
-    gradient is unbiased. Below 1 examples of a high score, drawn more, are not counted less by as much: hard examples
-    weigh more in what is descended, which may train faster, or better, and converges elsewhere.
+    :math:`\hat w_i = c\, w_i^k`. As the authors rescale, ``c`` is such that
+    :math:`\sum \hat w_i \hat G_i = \sum w_i \hat G_i` with :math:`\hat G_i \propto 1 / w_i`: the summed score of the
+    step, so about its length, stays. Below 1 examples of a high score, drawn more, are not counted less by as much:
+    hard examples weigh more in what is descended, which may train faster, or better, and converges elsewhere.
+
+    Normalised, ``c`` makes their mean 1: the step is a weighted mean of its examples (a ratio estimator). At ``k = 1``
+    its expectation is off by O(1/n), and the noise that every example has in common, such as how many easy ones the
+    draw happened to stand for, goes.
 
     Args:
-        weights: Importance weights of one batch, positive, shape ``(n,)``.
+        weights: Importance weights of one optimizer step, positive, shape ``(n,)``.
         exponent: ``k``, in ``[0, 1]``.
+        normalise: Whether the result has the mean 1, in place of the authors' rescaling.
 
     Returns:
-        Shape ``(n,)``; ``weights`` itself at 1, equal weights at 0.
+        Shape ``(n,)``; ``weights`` itself at 1 where not normalised, equal weights at 0.
 
     Reference:
-        ``BiasedReweightingPolicy`` in the authors' https://github.com/idiap/importance-sampling.
+        ``BiasedReweightingPolicy`` in the authors' https://github.com/idiap/importance-sampling; Hesterberg, Weighted
+        average importance sampling and defensive mixture distributions, 1995 (the ratio estimator).
 
     >>> bias_weights(torch.tensor([0.5, 2.0]), 0.0)
     tensor([0.8000, 0.8000])
+    >>> bias_weights(torch.tensor([0.5, 2.0]), 1.0, normalise=True)
+    tensor([0.4000, 1.6000])
     """
-    if exponent == 1:
+    if exponent == 1 and not normalise:
         return weights
     raised = weights**exponent
+    if normalise:
+        return raised / raised.mean()
     return raised * (len(weights) / (raised / weights).sum())
 
 
