@@ -31,7 +31,7 @@ def bench(monkeypatch):
     def model(parts):
         return learners.Classifier(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, parts.classes)))
 
-    toy = learners.Task(True, load, model, 32, 20, (1e-3, 1e-2, 3e-2), budgets=(0.5, 1, 2))
+    toy = learners.Task(True, load, model, 32, 10, (1e-3, 1e-2, 3e-2), budgets=(0.5, 1, 2))
     monkeypatch.setitem(learners.TASKS, "toy", toy)
     return importlib.import_module
 
@@ -59,7 +59,7 @@ def test_a_quick_run_goes_on_where_it_stopped_and_is_shown(bench, monkeypatch, t
     assert len(set(keys)) == len(keys) == 9 + 2 * (3 + 1) + 3 + 3 + 1
     for row in rows:
         # Counted in examples, and plain training of budget 1 is the unit.
-        assert row["compute"] == pytest.approx((row["trained"] + row["kappa"] * row["scored"]) / (160 * 32))
+        assert row["compute"] == pytest.approx((row["trained"] + row["kappa"] * row["scored"]) / (80 * 32))
         assert row["kappa"] > 0 or row["scored"] == 0
         if row["side"] == "plain":
             assert row["compute"] == row["budget"]
@@ -85,7 +85,7 @@ def test_rates_are_chosen_by_validation_and_short_costs_what_presampling_does(be
     best = {"plain": 1e-2, "presample": 3e-2}
     cost = {(kappa, seed): 0.5 + kappa / 4 + seed / 100 for kappa in (1 / 3, 0.17) for seed in (0, 1)}
     jobs = []
-    for job in frontier.missing(store, 2, ["toy"], ((0, 1),)):
+    for job in frontier.missing(store, 3, ["toy"], ((0, 1),)):
         jobs.append(job)
         error = 0.1 + abs(math.log(job.rate / best.get(job.side, 1e-3)))
         compute = job.budget * job.batch * (cost[job.kappa, job.seed] if job.side == "presample" else 1)
@@ -102,10 +102,10 @@ def test_rates_are_chosen_by_validation_and_short_costs_what_presampling_does(be
         if job.side == "small":
             assert (job.budget, job.batch) == (1, pytest.approx(cost[job.of, 1]))
     # All is there: with another commit of the package only the plain runs are.
-    assert not list(frontier.missing(frontier.Store(store.file, ("made up",)), 2, ["toy"], ((0, 1),)))
+    assert not list(frontier.missing(frontier.Store(store.file, ("made up",)), 3, ["toy"], ((0, 1),)))
     other = frontier.Store(store.file, ("another",))
     assert {row["side"] for row in other.find()} == {"plain", "short", "small"}
-    assert next(frontier.missing(other, 2, ["toy"], ((0, 1),))).side == "presample"
+    assert next(frontier.missing(other, 3, ["toy"], ((0, 1),))).side == "presample"
 
 
 @pytest.mark.parametrize(

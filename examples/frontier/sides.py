@@ -16,30 +16,13 @@ import torch
 import transformers
 from data import Examples, Splits
 from learners import TASKS, Task
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Presample, Sampler, Scored
+from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Sampler
 from hf_importance.samplers.published import InfoBatch
 
 HERE = Path(__file__).parent
-
-
-@dataclass
-class Normalised(Presample):
-    """Presampling whose weights, to a power, sum to the batch: a ratio estimator, biased by about 1/n at power 1.
-
-    Attributes:
-        power: k, in ``[0, 1]``.
-    """
-
-    power: float = 1.0
-
-    def keep(self, pool: Scored) -> tuple[Tensor, Tensor]:
-        """Keep rows in proportion to their scores."""
-        rows, weights = super().keep(pool)
-        raised = weights**self.power
-        return rows, raised * (len(raised) / raised.sum())
 
 
 @dataclass(frozen=True)
@@ -48,37 +31,45 @@ class Side:
 
     Attributes:
         settings: Arguments of importance sampling; None: the plain Trainer.
-        sampler: Makes it, of κ, where it takes the place of the arguments.
+        sampler: Makes one, which takes the place of the arguments.
         scores: Whether examples are scored, so that κ matters.
+        remembers: Whether it is plain training where no example is seen twice.
         tuned_as: The side whose learning rate it has; None: its own.
     """
 
     settings: dict[str, Any] | None = None
-    sampler: Callable[[float], Sampler] | None = None
+    sampler: Callable[[], Sampler] | None = None
     scores: bool = True
+    remembers: bool = False
     tuned_as: str | None = None
 
 
-def _normalised(power: float) -> Side:
-    return Side({}, lambda kappa: Normalised(kappa=kappa, power=power))
+def _biased(k: float, **settings: Any) -> dict[str, Any]:
+    return {"importance_kwargs": {"bias": k, "normalise": True}, **settings}
 
 
+HISTORY = {"importance_method": "history", "importance_budget": "constant_variance"}
+AUTO = {"importance_method": "auto"}
 SIDES = {
     "plain": Side(scores=False),
     # As many plain steps as presampling cost, and plain steps of a batch as small as it cost.
     "short": Side(scores=False, tuned_as="plain"),
     "small": Side(scores=False, tuned_as="plain"),
     "presample": Side({}),
-    "normalised": _normalised(1.0),
-    "k=1/2": _normalised(0.5),
-    "k=0": _normalised(0.0),
+    # Weights to the power k, over their mean in the step.
+    "normalised": Side(_biased(1.0)),
+    "k=1/2": Side(_biased(0.5)),
+    "k=0": Side(_biased(0.0)),
     "k=1/2, authors": Side({"importance_kwargs": {"bias": 0.5}}, tuned_as="k=1/2"),
     "k=0, authors": Side({"importance_kwargs": {"bias": 0.0}}, tuned_as="k=0"),
     "constant time": Side({"importance_budget": "constant_time"}),
     "margin 1": Side({"importance_kwargs": {"margin": 1.0}}, tuned_as="presample"),
-    "history": Side({"importance_method": "history", "importance_budget": "constant_variance"}, scores=False),
-    "auto": Side({"importance_method": "auto"}),
-    "InfoBatch": Side({}, lambda kappa: InfoBatch(), scores=False),
+    "history": Side(HISTORY, scores=False, remembers=True),
+    "history, k=1/2": Side(_biased(0.5, **HISTORY), scores=False, remembers=True, tuned_as="history"),
+    "auto": Side(AUTO),
+    "auto, k=1/2": Side(_biased(0.5, **AUTO), tuned_as="k=1/2"),
+    "auto, k=0": Side(_biased(0.0, **AUTO), tuned_as="k=0"),
+    "InfoBatch": Side({}, InfoBatch, scores=False, remembers=True),
 }
 
 
@@ -194,8 +185,7 @@ def _trainer(task: Task, side: Side, job: Job, model: nn.Module, parts: Splits, 
     if side.settings is None:
         trainer = Trainer(args=TrainingArguments(**common), **given)
     elif side.sampler is not None:
-        sampler = side.sampler(job.kappa)
-        trainer = ImportanceTrainer(args=ImportanceTrainingArguments(**common), sampler=sampler, **given)
+        trainer = ImportanceTrainer(args=ImportanceTrainingArguments(**common), sampler=side.sampler(), **given)
     else:
         settings = {**side.settings}
         if side.scores:
