@@ -49,7 +49,8 @@ class Against:
         deviation: Its standard error.
         loss: The same of the test loss.
         multiplier: Compute of plain training with the same test error over this one's.
-        bound: ``"≥"`` or ``"≤"`` where no plain run is as good, or as bad, else empty.
+        bound: ``"≥ "`` or ``"≤ "`` where no plain run is as good, or as bad, else empty.
+        seeds: How many both have.
     """
 
     difference: float
@@ -57,6 +58,7 @@ class Against:
     loss: float
     multiplier: float
     bound: str
+    seeds: int
 
 
 def standard_error(values: Iterable[float]) -> float:
@@ -111,10 +113,9 @@ def against(point: Point, curve: list[Point]) -> Against | None:
     means = np.minimum.accumulate([np.mean([plain.rows[seed]["test_error"] for seed in seeds]) for plain in curve])
     same = float(np.exp(np.interp(-error, -means, at)))
     bound = "≥ " if error < means[-1] else "≤ " if error > means[0] else ""
-    found = differences("test_error")
-    return Against(
-        float(found.mean()), standard_error(found), float(differences("test_loss").mean()), same / compute, bound
-    )
+    found, losses = differences("test_error"), differences("test_loss")
+    multiplier = same / compute
+    return Against(float(found.mean()), standard_error(found), float(losses.mean()), multiplier, bound, len(seeds))
 
 
 # ---- Tables ----
@@ -163,49 +164,62 @@ def table_of(all_points: list[Point], task: str) -> str:
 
 
 def summary(all_points: list[Point]) -> str:
-    """Write, a line a side, the multiplier where more helps, and on how many tasks it is better and worse."""
+    """Write, a line a side, the multipliers, and on how many tasks it is better and worse."""
     lines = [
-        "| | κ | steps | tasks | multiplier where more helps | better by 2 se | worse by 1 se "
-        "| mean difference, points | where more helps | where not |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| | κ | steps | tasks | multiplier where more was expected to help | where it did | better by 2 se "
+        "| worse by 1 se | mean difference, points |",
+        "|---|--:|--:|--:|--:|--:|---|---|--:|",
     ]
+    expected = {name for name, task in TASKS.items() if task.more_helps}
+    did = {task for task, (gain, deviation) in doubled(all_points).items() if gain < -2 * deviation}
     groups: dict[tuple, dict[str, Against]] = defaultdict(dict)
     for point in sorted(all_points, key=_rank):
         compared = None if point.side == "plain" else against(point, plain_curve(all_points, point.task))
-        if compared is not None and len(point.rows) > 1:
+        if compared is not None and compared.seeds > 1:
             groups[point.side, point.kappa, point.budget][point.task] = compared
     for (side, kappa, budget), found in groups.items():
-        helping = [one for task, one in found.items() if TASKS[task].more_helps]
-        other = [one for task, one in found.items() if not TASKS[task].more_helps]
-        multiplier = np.exp(np.mean([np.log(one.multiplier) for one in helping])) if helping else float("nan")
-        bound = "".join(sorted({one.bound for one in helping})).replace(" ", "")
         better = [task for task, one in found.items() if one.difference < -2 * one.deviation]
         worse = [task for task, one in found.items() if one.difference > one.deviation]
-        means = [
-            _percent(np.mean([one.difference for one in some]), sign="+") if some else ""
-            for some in (list(found.values()), helping, other)
-        ]
         cells = [side, f"{kappa:.2f}" if kappa else "", f"{budget:g}" if budget else "", str(len(found))]
-        cells += [f"{bound} {multiplier:.2f}", _named(better), _named(worse), *means]
+        cells += [_multiplier(found, expected), _multiplier(found, did), _named(better), _named(worse)]
+        cells.append(_percent(np.mean([one.difference for one in found.values()]), sign="+"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _multiplier(found: dict[str, Against], tasks: set[str]) -> str:
+    """Give the geometric mean over some tasks, with the bounds that are in it."""
+    some = [one for task, one in found.items() if task in tasks]
+    if not some:
+        return ""
+    bounds = "".join(sorted({one.bound for one in some}))
+    return f"{bounds}{np.exp(np.mean([np.log(one.multiplier) for one in some])):.2f} ({len(some)})"
 
 
 def _named(tasks: list[str]) -> str:
     return f"{len(tasks)}: {'; '.join(tasks)}" if tasks else "0"
 
 
-def plain_helped(all_points: list[Point]) -> str:
-    """Say of each task what twice the plain compute brings."""
-    lines = ["| | more was expected to help | 2 against 1, points |", "|---|---|--:|"]
+def doubled(all_points: list[Point]) -> dict[str, tuple[float, float]]:
+    """Give for each task what plain training of twice the base length has less test error, and its standard error."""
+    found = {}
     for task in TASKS:
         curve = {point.budget: point.rows for point in plain_curve(all_points, task)}
-        if not {1, 2} <= set(curve):
-            continue
-        seeds = sorted(set(curve[1]) & set(curve[2]))
-        found = [curve[2][seed]["test_error"] - curve[1][seed]["test_error"] for seed in seeds]
-        expected = "yes" if TASKS[task].more_helps else "no"
-        lines.append(f"| {task} | {expected} | {_percent(np.mean(found), standard_error(found), '+')} |")
+        if {1, 2} <= set(curve):
+            seeds = sorted(set(curve[1]) & set(curve[2]))
+            gains = [curve[2][seed]["test_error"] - curve[1][seed]["test_error"] for seed in seeds]
+            found[task] = float(np.mean(gains)), standard_error(gains)
+    return found
+
+
+def plain_helped(all_points: list[Point]) -> str:
+    """Write what twice the plain compute brings."""
+    lines = [
+        "| | more was expected to help | test error of two base runs minus that of one, points |",
+        "|---|---|--:|",
+    ]
+    for task, (gain, deviation) in doubled(all_points).items():
+        lines.append(f"| {task} | {'yes' if TASKS[task].more_helps else 'no'} | {_percent(gain, deviation, '+')} |")
     return "\n".join(lines)
 
 
