@@ -38,9 +38,11 @@ ROUNDS: list[list[tuple[str, tuple[float, ...], tuple[float, ...] | None]]] = [
         ("auto", (THIRD, SIXTH), (1,)),
     ],
     [
-        ("auto, k=1/2", (THIRD, SIXTH), (1,)),
-        ("InfoBatch", (0,), (1,)),
         ("k=0", (THIRD, SIXTH), (1,)),
+        ("InfoBatch", (0,), (1,)),
+    ],
+    [
+        ("auto, k=1/2", (THIRD, SIXTH), (1,)),
         ("history, k=1/2", (0,), (1,)),
     ],
     [

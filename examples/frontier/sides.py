@@ -59,16 +59,16 @@ SIDES = {
     # Weights to the power k, over their mean in the step.
     "normalised": Side(_biased(1.0)),
     "k=1/2": Side(_biased(0.5)),
-    "k=0": Side(_biased(0.0)),
+    "k=0": Side(_biased(0.0), tuned_as="k=1/2"),
     "k=1/2, authors": Side({"importance_kwargs": {"bias": 0.5}}, tuned_as="k=1/2"),
-    "k=0, authors": Side({"importance_kwargs": {"bias": 0.0}}, tuned_as="k=0"),
+    "k=0, authors": Side({"importance_kwargs": {"bias": 0.0}}, tuned_as="k=1/2"),
     "constant time": Side({"importance_budget": "constant_time"}),
     "margin 1": Side({"importance_kwargs": {"margin": 1.0}}, tuned_as="presample"),
     "history": Side(HISTORY, scores=False, remembers=True),
     "history, k=1/2": Side(_biased(0.5, **HISTORY), scores=False, remembers=True, tuned_as="history"),
     "auto": Side(AUTO),
     "auto, k=1/2": Side(_biased(0.5, **AUTO), tuned_as="k=1/2"),
-    "auto, k=0": Side(_biased(0.0, **AUTO), tuned_as="k=0"),
+    "auto, k=0": Side(_biased(0.0, **AUTO), tuned_as="k=1/2"),
     "InfoBatch": Side({}, InfoBatch, scores=False, remembers=True),
 }
 
