@@ -85,7 +85,7 @@ def test_rates_are_chosen_by_validation_and_short_costs_what_presampling_does(be
     best = {"plain": 1e-2, "presample": 3e-2}
     cost = {(kappa, seed): 0.5 + kappa / 4 + seed / 100 for kappa in (1 / 3, 0.17) for seed in (0, 1)}
     jobs = []
-    for job in frontier.missing(store, 4, ["toy"], ((0, 1),)):
+    for job in frontier.missing(store, 5, ["toy"], ((0, 1),)):
         jobs.append(job)
         error = 0.1 + abs(math.log(job.rate / best.get(job.side, 1e-3)))
         compute = job.budget * job.batch * (cost[job.kappa, job.seed] if job.side == "presample" else 1)
@@ -102,10 +102,10 @@ def test_rates_are_chosen_by_validation_and_short_costs_what_presampling_does(be
         if job.side == "small":
             assert (job.budget, job.batch) == (1, pytest.approx(cost[job.of, 1]))
     # All is there: with another commit of the package only the plain runs are.
-    assert not list(frontier.missing(frontier.Store(store.file, ("made up",)), 4, ["toy"], ((0, 1),)))
+    assert not list(frontier.missing(frontier.Store(store.file, ("made up",)), 5, ["toy"], ((0, 1),)))
     other = frontier.Store(store.file, ("another",))
     assert {row["side"] for row in other.find()} == {"plain", "short", "small"}
-    assert next(frontier.missing(other, 4, ["toy"], ((0, 1),))).side == "presample"
+    assert next(frontier.missing(other, 5, ["toy"], ((0, 1),))).side == "presample"
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from learners import TASKS, Task
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+import hf_importance
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments, Sampler
 from hf_importance.samplers.published import InfoBatch
 
-HERE = Path(__file__).parent
+PACKAGE = Path(hf_importance.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ SIDES = {
     "auto": Side(AUTO),
     "auto, k=1/2": Side(_biased(0.5, **AUTO), tuned_as="k=1/2"),
     "auto, k=0": Side(_biased(0.0, **AUTO), tuned_as="k=1/2"),
+    "two phases": Side({"importance_method": "two_phase"}, tuned_as="auto"),
     "InfoBatch": Side({}, InfoBatch, scores=False, remembers=True),
 }
 
@@ -101,8 +103,8 @@ class Job:
 @lru_cache(maxsize=1)
 def commit() -> str:
     """Give the last commit that touched the package."""
-    command = ["git", "log", "-1", "--format=%h", "--", "../../hf_importance"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "log", "-1", "--format=%h", "--", "."]
+    return subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @lru_cache(maxsize=2)

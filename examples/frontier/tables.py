@@ -175,7 +175,7 @@ def summary(all_points: list[Point]) -> str:
     groups: dict[tuple, dict[str, Against]] = defaultdict(dict)
     for point in sorted(all_points, key=_rank):
         compared = None if point.side == "plain" else against(point, plain_curve(all_points, point.task))
-        if compared is not None and compared.seeds > 1:
+        if compared is not None and compared.seeds > 1 and not TASKS[point.task].afterwards:
             groups[point.side, point.kappa, point.budget][point.task] = compared
     for (side, kappa, budget), found in groups.items():
         better = [task for task, one in found.items() if one.difference < -2 * one.deviation]
@@ -259,7 +259,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
     found = points(rows)
     tasks = [task for task in TASKS if plain_curve(found, task)]
-    across = min(len(tasks), 4)
+    across = min(len(tasks), 3)
     figure, panels = plt.subplots(
         -(-len(tasks) // across), across, figsize=(3.6 * across, 3.2 * -(-len(tasks) // across)), squeeze=False
     )
@@ -288,14 +288,16 @@ def draw(rows: list[Row], file: Path) -> None:
         panel.set_title(task, fontsize=10)
     for panel in panels.flat[len(tasks) :]:
         panel.axis("off")
-    figure.supxlabel("compute, in base runs", fontsize=10)
-    figure.supylabel("test error, %", fontsize=10)
+    for panel in panels[-1]:
+        panel.set_xlabel("compute, in base runs", fontsize=9)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("test error, %", fontsize=9)
     known = {}
     for panel in panels.flat[: len(tasks)]:
         handles, names = panel.get_legend_handles_labels()
         known |= dict(zip(names, handles, strict=True))
-    figure.legend(known.values(), known, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0.01, 0.06, 1, 1))
+    figure.legend(known.values(), known, loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
