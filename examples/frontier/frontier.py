@@ -15,10 +15,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import panels
 import tables
 import torch
 from datasets import disable_progress_bars
@@ -116,13 +117,15 @@ def best_rate(store: Store, task: str, side: str, budget: float) -> float | None
     return min(rows, key=lambda row: (row["validation_error"], row["validation_loss"]))["rate"]
 
 
-def missing(store: Store, rounds: int, tasks: list[str], seeds: tuple[tuple[int, ...], ...] = SEEDS) -> Iterator[Job]:
+def missing(
+    store: Store, rounds: int, tasks: Iterable[str], seeds: tuple[tuple[int, ...], ...], sides: Iterable[str] = SIDES
+) -> Iterator[Job]:
     """Give the runs that are not there yet; each has to be added before the next is asked for."""
     for some in seeds:
         for entries in ROUNDS[:rounds]:
             for seed in some:
                 for task in tasks:
-                    for side, kappas, budgets in entries:
+                    for side, kappas, budgets in [entry for entry in entries if entry[0] in sides]:
                         for budget in budgets or TASKS[task].budgets:
                             for kappa in kappas:
                                 yield from _missing(store, task, side, kappa, budget, seed)
@@ -160,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl")
     parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="Only the first so many groups of sides.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--same_as", nargs="*", default=[], help="Older commits of the package that change no side.")
     parser.add_argument("--quick", action="store_true", help="A look at whether it runs.")
     parser.add_argument("--table", type=Path, help="Write the tables into this page, and run nothing.")
@@ -176,13 +180,13 @@ def main() -> None:
         if given.table:
             tables.write(rows, given.table)
         if given.figure:
-            tables.draw(rows, given.figure)
+            panels.draw(rows, given.figure)
         return
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     disable_progress_bars()
     seeds, share = (((0,),), 0.02) if given.quick else (SEEDS, 1.0)
-    for job in missing(store, given.rounds, given.tasks, seeds):
+    for job in missing(store, given.rounds, given.tasks, seeds, given.sides):
         row = run(job, given.data, given.models, share)
         store.add(row)
         shown = {name: row[name] for name in ("compute", "on", "seconds", "validation_error", "test_error")}
