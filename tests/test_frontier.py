@@ -108,6 +108,20 @@ def test_rates_are_chosen_by_validation_and_short_costs_what_presampling_does(be
     assert next(frontier.missing(other, 5, ["toy"], ((0, 1),))).side == "presample"
 
 
+def test_a_close_rate_that_is_given_all_seeds_is_judged_by_them(bench, tmp_path):
+    frontier = bench("frontier")
+    store = frontier.Store(tmp_path / "results.jsonl", ())
+
+    def add(rate, seed, error):
+        store.add(result(frontier.Job("toy", "plain", 0.0, 1, rate, seed), error))
+        return frontier.best_rate(store, "toy", "plain", 1)
+
+    assert add(1e-3, 0, 0.5) is None and add(1e-2, 0, 0.10) is None
+    assert add(3e-2, 0, 0.12) == 1e-2
+    assert add(1e-2, 1, 0.30) == 1e-2  # no other has as many
+    assert add(3e-2, 1, 0.12) == 3e-2
+
+
 @pytest.mark.parametrize(
     ("reached", "multiplier", "bound"), [(1.0, 2.0, ""), (0.9, 1.8, ""), (5.0, 4.0, "≥ "), (0.1, 1.0, "≤ ")]
 )

@@ -191,7 +191,13 @@ TASKS = {
     "animals": Task(True, _animals, resnet, epochs=1, **{**SGD, "rates": (0.02, 0.05, 0.1)}),
     # The same without a batch's moments: what of the difference is BatchNorm's.
     "animals, GroupNorm": Task(
-        True, _animals, _group_norm_resnet, epochs=1, afterwards=True, **{**SGD, "rates": (0.02, 0.05, 0.1)}
+        True,
+        _animals,
+        _group_norm_resnet,
+        epochs=1,
+        budgets=(0.5, 1, 2),
+        afterwards=True,
+        **{**SGD, "rates": (0.02, 0.05, 0.1)},
     ),
     "reviews, few": Task(
         False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM

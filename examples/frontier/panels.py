@@ -10,7 +10,7 @@ from learners import TASKS
 from tables import Row, plain_curve, points
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SHOWN = {"presample": "C0", "k=1/2": "C1", "k=0": "C5", "history": "C2", "auto": "C3", "InfoBatch": "C4"}
 SHAPES = {0.0: "s", 1 / 3: "o", 0.17: "^"}
