@@ -153,6 +153,7 @@ def _missing(store: Store, task: str, side: str, kappa: float, budget: float, se
     assert rate is not None, "A run that was given was not added."
     job = Job(task, side, kappa, budget, rate, seed)
     if side in ("short", "small"):
+        yield from _missing(store, task, "presample", kappa, 1, seed)
         rate_of_ours = best_rate(store, task, "presample", 1)
         ours = store.find(task=task, side="presample", kappa=kappa, budget=1, seed=seed, rate=rate_of_ours)
         cost = ours[0]["compute"] / budget
