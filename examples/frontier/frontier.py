@@ -74,10 +74,10 @@ class Store:
 
     Args:
         file: Where.
-        commits: Of the package, whose runs count; plain runs always do.
+        commits: Of the package, whose runs count; None: all. Plain runs always do.
     """
 
-    def __init__(self, file: Path, commits: tuple[str, ...]) -> None:
+    def __init__(self, file: Path, commits: tuple[str, ...] | None) -> None:
         self.file, self.commits = file, commits
         self.rows: list[dict[str, Any]] = []
         if file.exists():
@@ -89,7 +89,7 @@ class Store:
             row
             for row in self.rows
             if all(row[name] == value for name, value in wanted.items())
-            and (SIDES[row["side"]].settings is None or row["commit"] in self.commits)
+            and (self.commits is None or SIDES[row["side"]].settings is None or row["commit"] in self.commits)
         ]
 
     def add(self, row: dict[str, Any]) -> None:
@@ -188,14 +188,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, or show what is there."""
     given = arguments()
-    store = Store(given.results, (commit(), *given.same_as))
     if given.table or given.figure:
+        store = Store(given.results, None)
         rows = tables.chosen(store, best_rate)
         if given.table:
             tables.write(rows, given.table)
         if given.figure:
             panels.draw(rows, given.figure)
         return
+    store = Store(given.results, (commit(), *given.same_as))
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     disable_progress_bars()
