@@ -333,7 +333,8 @@ def test_the_batch_size_that_fits_is_found_and_the_pool_follows(tmp_path, digits
     trainer = watch(model, args, digits.select(range(128)), compute_score_func=score)
     assert trainer.state.train_batch_size == 8
     assert sizes(weighted(trainer)) == [8] * 3
-    assert sizes_scored == [8] * (1 + 3 * 3)
+    # A uniform step, and three that score a pool of 24 and find in training what was kept of it.
+    assert sizes_scored == [8] * (1 + 3 * (3 + 1))
     assert losses(trainer)[-1]["importance/examples_trained"] == 4 * 8
 
 
