@@ -280,16 +280,19 @@ def by_history(name: str, task: Task, size: int, settings: argparse.Namespace) -
         print(f"| {epoch} | " + " | ".join(cells) + " |", flush=True)
 
     torch.manual_seed(0)
-    arguments = ImportanceTrainingArguments(
-        tempfile.mkdtemp(), seed=0, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False, **task.arguments,
-    )  # fmt: skip
+    arguments = arguments_of(ImportanceTrainingArguments, task)
     trainer = ImportanceTrainer(
         task.model(), arguments, train_dataset=task.train, data_collator=task.collator, sampler=sampler,
         callbacks=[Probe(row)],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
+
+
+def arguments_of(kind: type[TrainingArguments], task: Task) -> TrainingArguments:
+    """Give a task's arguments, for a run that says and writes nothing."""
+    quiet = {"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
+    return kind(tempfile.mkdtemp(), seed=0, dataloader_pin_memory=False, **quiet, **task.arguments)
 
 
 def main() -> None:
@@ -334,10 +337,7 @@ def main() -> None:
                 print("| " + " | ".join(cells) + " |", flush=True)
 
         torch.manual_seed(0)
-        arguments = TrainingArguments(
-            tempfile.mkdtemp(), seed=0, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-            dataloader_pin_memory=False, **task.arguments,
-        )  # fmt: skip
+        arguments = arguments_of(TrainingArguments, task)
         trainer = Trainer(
             task.model(), arguments, train_dataset=task.train, data_collator=task.collator, callbacks=[Probe(rows)]
         )

@@ -5,6 +5,7 @@ A blocking copy ends when the device has done all that it was given before, and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,26 @@ def to_device(value: Any, device: torch.device) -> Any:
 def _has_events(device: torch.device) -> bool:
     """Whether a device is one that torch itself can ask how far it is; XLA is none."""
     return device.type == getattr(torch.accelerator.current_accelerator(), "type", None)
+
+
+Mark = float | torch.Event
+
+
+def mark(device: torch.device) -> Mark:
+    """Give a point in time: of the process on a CPU, where other programs do not count, else on the stream."""
+    if device.type == "cpu":
+        return time.process_time()
+    event = torch.Event(device=device, enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Give the seconds from one point to another; it waits for the device to have come to the second."""
+    if isinstance(start, float) or isinstance(end, float):
+        return end - start  # both, on a CPU
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class Fetched:

@@ -218,7 +218,7 @@ class Clocked:
 @pytest.mark.parametrize(("bf16", "chosen"), [(2.0, "bf16"), (2.9, "training"), (9.0, "training")])
 def test_the_cheaper_precision_is_taken_where_it_is_cheaper(monkeypatch, bf16, chosen):
     clock = Clocked(bf16)
-    monkeypatch.setattr(precision, "time", clock)
+    monkeypatch.setattr("hf_importance.transfer.time", clock)
     scorer = clock.scorer = Scorer(lambda: None, HEAD)
     tries = precision.Precision(scorer, ALONE, torch.device("cpu"), "bf16")
     for step in range(precision.TRIES + 1):

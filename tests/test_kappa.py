@@ -33,7 +33,7 @@ class Work:
 @pytest.fixture
 def work(monkeypatch):
     found = Work()
-    monkeypatch.setattr("hf_importance.run.clock.time", SimpleNamespace(process_time=found.look))
+    monkeypatch.setattr("hf_importance.transfer.time", SimpleNamespace(process_time=found.look))
     return found
 
 

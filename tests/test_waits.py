@@ -27,7 +27,7 @@ def per_step(found, timed=False):
 
     ``timed``: without those for the times of one step in 16, too.
     """
-    left_out = ("transformers/masking_utils.py", *(["run/clock.py:_seconds"] if timed else []))
+    left_out = ("transformers/masking_utils.py", *(["hf_importance/transfer.py:seconds_between"] if timed else []))
     kinds = collections.Counter()
     for kind, place, number in found["waits"]:
         if not place.startswith(left_out):

@@ -7,13 +7,13 @@ instructions for it computes in bf16 more slowly than in float32, and nobody can
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 import torch
 
 from hf_importance.objective.scorer import Scorer
 from hf_importance.ranks import Ranks
+from hf_importance.transfer import Mark, mark, seconds_between
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ TRIES = 4  # passes of each that count, behind one that warms up
 # It must be cheaper by this much: below, the two are the same, and that of training has the better digits.
 WORTH = 0.95
 AS_TRAINING = "training"
-Mark = float | torch.Event
 
 
 def cheaper_than(model: torch.nn.Module, mixed: bool, device: torch.device) -> str | None:
@@ -73,28 +72,14 @@ class Precision:
         order: tuple[str | None, ...] = (None, self._cheaper)
         tries = len(self._spans[None])
         for dtype in order if tries % 2 else order[::-1]:
-            self._scorer.dtype, begun = dtype, self._now()
+            self._scorer.dtype, begun = dtype, mark(self._device)
             score()
-            self._spans[dtype].append((begun, self._now()))
+            self._spans[dtype].append((begun, mark(self._device)))
         self._scorer.dtype = None
         if tries == TRIES:
             usual, tried = self._ranks.sum([self._seconds(dtype) for dtype in order])
             logger.info("Scoring in %s takes %.2f of what it takes as in training.", self._cheaper, tried / usual)
             self.choose(self._cheaper if tried < WORTH * usual else AS_TRAINING)
 
-    def _now(self) -> Mark:
-        if self._device.type == "cpu":
-            return time.process_time()  # other programs do not count
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event
-
     def _seconds(self, dtype: str | None) -> float:
-        return min(_between(*span) for span in self._spans[dtype][1:])
-
-
-def _between(begun: Mark, ended: Mark) -> float:
-    if isinstance(begun, float) or isinstance(ended, float):
-        return ended - begun  # both, on a CPU
-    ended.synchronize()
-    return begun.elapsed_time(ended) / 1000
+        return min(seconds_between(*span) for span in self._spans[dtype][1:])

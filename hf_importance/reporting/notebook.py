@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback
 
-from hf_importance.reporting.progress import Status, Switches
+from hf_importance.reporting.progress import WithStatus
 
 
-class StatusNotebookProgressCallback(NotebookProgressCallback):
-    """The Trainer's progress bar for a notebook, with on or off behind it, two columns more, and a line a switch.
-
-    Args:
-        status: Says where the run stands.
-    """
-
-    def __init__(self, status: Callable[[], Status]) -> None:
-        super().__init__()
-        self._status = status
-        self._switches = Switches()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Make bar and table; another run begins."""
-        self._switches = Switches()
-        super().on_train_begin(args, state, control, **kwargs)
+class StatusNotebookProgressCallback(WithStatus, NotebookProgressCallback):
+    """The Trainer's progress bar for a notebook, with on or off behind it, two columns more, and a line a switch."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Switches:
         return f"Importance sampling {status.word} after step {status.switched}, at τ {status.tau:.2f}."
 
 
-class StatusProgressCallback(ProgressCallback):
-    """The Trainer's progress bar for a terminal, with on or off and what it costs behind it, and a line a switch.
+class WithStatus(TrainerCallback):
+    """In front of a progress callback of the Trainer's: what stands behind its bar, anew in each run.
 
     Args:
         status: Says where the run stands.
@@ -86,9 +86,13 @@ class StatusProgressCallback(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the bar; another run begins."""
+        """Another run begins."""
         self._switches = Switches()
         super().on_train_begin(args, state, control, **kwargs)
+
+
+class StatusProgressCallback(WithStatus, ProgressCallback):
+    """The Trainer's progress bar for a terminal, with on or off and what it costs behind it, and a line a switch."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

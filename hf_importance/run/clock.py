@@ -43,10 +43,9 @@ from hf_importance.batches.entries import batch_size_of
 from hf_importance.checkpoint.schema import COUNT, listed, number, optional
 from hf_importance.ranks import Ranks
 from hf_importance.theory.costs import ASSUMED_KAPPA
+from hf_importance.transfer import Mark, mark, seconds_between
 
 logger = logging.getLogger(__name__)
-
-Mark = float | torch.Event
 
 FEWEST_PAIRS = 5  # before κ is believed: two of them may be as slow as they like (allocation, kernels, compilation)
 PAIRS = 9  # the most recent ones, whose median is κ; and as many steps on few examples say what α is
@@ -164,9 +163,9 @@ class Clock:
         times.read = times.pair or self.device.type == "cpu"
         times.spans["wait"] = times.asked, self._waiting(), examples
         if times.pair:
-            start = self._now()
+            start = mark(self.device)
             scored = score()
-            times.spans["score"] = start, self._now(), scored
+            times.spans["score"] = start, mark(self.device), scored
 
     @contextlib.contextmanager
     def scoring(self, step: int, examples: int, own: int, share: float) -> Iterator[None]:
@@ -186,9 +185,9 @@ class Clock:
             yield
             return
         times.spans["wait"] = times.asked, self._waiting(), examples
-        start = self._now()
+        start = mark(self.device)
         yield
-        times.spans["score"] = start, self._now(), examples
+        times.spans["score"] = start, mark(self.device), examples
 
     @contextlib.contextmanager
     def training_on(self, inputs: Any) -> Iterator[None]:
@@ -197,9 +196,9 @@ class Clock:
         if times is None or not times.read or "train" in times.spans:
             yield
             return
-        start = self._now()
+        start = mark(self.device)
         yield
-        times.spans["train"] = start, self._now(), batch_size_of(inputs)
+        times.spans["train"] = start, mark(self.device), batch_size_of(inputs)
 
     # ---- What it says ----
 
@@ -212,7 +211,9 @@ class Clock:
             return []
         nothing = (0.0, 0.0, 0)
         spans = [times.spans.get(part, nothing) for part in ("wait", "score", "train")]
-        figures = [figure for start, end, examples in spans for figure in (_seconds(start, end), float(examples))]
+        figures = [
+            figure for start, end, examples in spans for figure in (seconds_between(start, end), float(examples))
+        ]
         return [*figures, float(times.own)]
 
     def learn(self, step: int, times: Times | None, sums: list[float]) -> None:
@@ -270,22 +271,8 @@ class Clock:
 
     # ---- Time ----
 
-    def _now(self) -> Mark:
-        if self.device.type == "cpu":
-            return time.process_time()
-        event = torch.Event(device=self.device, enable_timing=True)
-        event.record()
-        return event
-
     def _waiting(self) -> Mark:
         """Give a point in time to measure from what waiting for data takes."""
         if self.device.type == "cpu" and self._workers:
             return time.perf_counter() * torch.get_num_threads()
-        return self._now()
-
-
-def _seconds(start: Mark, end: Mark) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        return end - start  # both, on a CPU
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+        return mark(self.device)
