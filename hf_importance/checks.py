@@ -97,7 +97,7 @@ def can_remember(sampler: Sampler, dataset: Any, args: TrainingArguments) -> boo
         _warn_of_one_epoch(sampler, dataset, args)
     elif sampler.needs_memory:
         raise ValueError(reason)
-    else:
+    elif getattr(args, "importance_method", None) is not None:  # else nobody asked for a memory
         logger.warning("importance_method='auto' chooses between presampling and uniform steps only. %s", reason)
     return reason is None
 

@@ -36,13 +36,14 @@ class ImportanceArguments:
         default=True,
         metadata={"help": "Draw examples by importance once it pays. False trains as the plain Trainer does."},
     )
-    importance_method: Method = field(
-        default="presample",
+    importance_method: Method | None = field(
+        default=None,
         metadata={
             "help": "Where scores come from: 'presample' (a pool scored in a forward pass of its own, the paper's), "
             "'history' (remembered from earlier epochs, at no cost; for runs of several epochs), 'auto' (whichever is "
             "measured to be cheapest), or 'two_phase' (as that, and pools drawn by remembered scores where these are "
-            "cheaper). 'observe' trains as the plain Trainer does and says what 'auto' would have saved."
+            "cheaper). 'observe' trains as the plain Trainer does and says what 'auto' would have saved. By default "
+            "'auto', and 'presample' where a tau_threshold says when it is on."
         },
     )
     importance_budget: Budget | None = field(
@@ -126,7 +127,7 @@ class ImportanceArguments:
         Raises:
             ValueError: One is outside its range or unknown.
         """
-        check_choice("importance_method", self.importance_method, get_args(Method))
+        check_choice("importance_method", self.importance_method, (None, *get_args(Method)))
         check_choice("importance_budget", self.importance_budget, (None, *get_args(Budget)))
         check_choice("importance_score", self.importance_score, get_args(Score))
         check_choice("scoring_dtype", self.scoring_dtype, (None, *get_args(ScoringDtype)))
@@ -159,6 +160,13 @@ class ImportanceArguments:
         _ = self.kwargs
 
     # ---- What follows from the fields ----
+
+    @property
+    def method(self) -> Method:
+        """Where scores come from; a τ above which pools are scored leaves nothing for a price to choose."""
+        if self.importance_method is not None:
+            return self.importance_method
+        return "auto" if self.threshold is None and "threshold" not in self.kwargs else "presample"
 
     @property
     def ratio(self) -> float | None:

@@ -123,9 +123,10 @@ def test_a_value_out_of_range_is_refused_whatever_the_method(tmp_path, method, s
 
 
 def test_json_is_as_good_as_a_dict():
-    args = ImportanceArguments(importance_kwargs='{"margin": 1.2, "resampling": "multinomial"}')
+    given = '{"margin": 1.2, "resampling": "multinomial"}'
+    args = ImportanceArguments(importance_method="presample", importance_kwargs=given)
     assert sampler_of(args) == Presample(margin=1.2, resampling="multinomial")
-    assert args.importance_kwargs == '{"margin": 1.2, "resampling": "multinomial"}'  # a field holds what was given
+    assert args.importance_kwargs == given  # a field holds what was given
 
 
 # ---- The command line ----
@@ -164,7 +165,10 @@ def test_without_any_they_are_the_defaults(tmp_path):
     defaults = ImportanceArguments()
     for field in dataclasses.fields(ImportanceArguments):
         assert getattr(args, field.name) == getattr(defaults, field.name), field.name
-    assert sampler_of(args) == Presample()
+    assert sampler_of(args) == Auto()
+    # What says by tau when pools are scored leaves nothing for a price to choose.
+    assert sampler_of(ImportanceArguments(tau_threshold=2.0)) == Presample(threshold=2.0)
+    assert sampler_of(ImportanceArguments(importance_kwargs={"threshold": 2.0})) == Presample(threshold=2.0)
 
 
 def test_help_lists_the_choices():
@@ -243,7 +247,7 @@ def test_what_has_its_effect_does_not_warn(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("importance_method", "nonsense", "importance_method must be one of 'presample', .*, but it is 'nonsense'"),
+        ("importance_method", "nonsense", "importance_method must be one of None, .*, but it is 'nonsense'"),
         ("presample_ratio", 0.5, r"presample_ratio must be a finite number above 1, or 'auto', but it is 0\.5"),
         ("tau_threshold", 1.0, r"tau_threshold must be a finite number above 1, but it is 1\.0"),
         ("scoring_batch_size", 0, "scoring_batch_size must be at least 1, but it is 0"),
@@ -286,7 +290,7 @@ def test_values_of_a_search_hold_in_their_own_trial(tmp_path, monkeypatch):
 
 def test_replacing_one_value_leaves_the_others_what_they_were(tmp_path):
     # What follows from a value is not written into another, so each copy means what it says.
-    plain = ImportanceArguments()
+    plain = ImportanceArguments(importance_method="presample")
     assert sampler_of(plain).budget == "constant_variance"
     fixed = dataclasses.replace(plain, presample_ratio=3.0)
     assert sampler_of(fixed) == Presample(ratio=3.0, budget="variance")
@@ -295,8 +299,9 @@ def test_replacing_one_value_leaves_the_others_what_they_were(tmp_path):
     assert dataclasses.replace(plain) == plain
 
     args = toys.arguments(tmp_path, importance_kwargs='{"margin": 1.2}', presample_ratio="2.5", tau_threshold=1.5)
+    assert sampler_of(args) == Presample(2.5, 1.5, "variance", margin=1.2)  # a threshold is one of pools
     twin = dataclasses.replace(args, tau_threshold=None)
     for field in dataclasses.fields(ImportanceArguments):
         expected = None if field.name == "tau_threshold" else getattr(args, field.name)
         assert getattr(twin, field.name) == expected, field.name
-    assert sampler_of(twin) == Presample(ratio=2.5, margin=1.2)
+    assert sampler_of(twin) == Auto(Presample(ratio=2.5, margin=1.2), History("variance", margin=1.2))

@@ -51,7 +51,7 @@ def test_an_argument_out_of_range(tmp_path, argument, value, message):
         ("kappa", 0.0, r"kappa must be a number in \(0, 1\], but it is 0.0"),
         ("score", "entropy", "score must be one of 'upper_bound', 'loss', 'gradient_norm', but it is 'entropy'"),
         ("budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
-        ("share", 0.1, "importance_kwargs has 'share', which importance_method='presample' does not know. It knows"),
+        ("shares", 0.1, "importance_kwargs has 'shares', which importance_method='auto' does not know. It knows"),
     ],
 )
 def test_a_setting_of_the_method_out_of_range(tmp_path, name, value, message):
@@ -217,15 +217,17 @@ def test_a_loss_function_that_does_not_split(tmp_path, digits, caplog):
 
 
 BOTH, AUTO = ("constant_variance", "constant_variance"), {"importance_method": "auto"}
+FRESH = {"importance_method": "presample"}
 
 
 @pytest.mark.parametrize(
     ("given", "ratio", "threshold", "budgets"),
     [
-        ({}, None, None, "constant_variance"),
-        ({"presample_ratio": 3.0}, 3.0, None, "variance"),
+        ({}, None, None, BOTH),
+        (FRESH, None, None, "constant_variance"),
+        ({**FRESH, "presample_ratio": 3.0}, 3.0, None, "variance"),
         ({"presample_ratio": 3.0, "tau_threshold": 2.0}, 3.0, 2.0, "variance"),
-        ({"importance_budget": "constant_time"}, None, None, "constant_time"),
+        ({**FRESH, "importance_budget": "constant_time"}, None, None, "constant_time"),
         ({"importance_method": "history"}, None, None, "variance"),
         (AUTO, None, None, BOTH),
         ({"importance_method": "observe"}, None, None, BOTH),

@@ -37,7 +37,7 @@ def sampler_of(arguments: ImportanceArguments) -> Sampler:
     Raises:
         ValueError: ``importance_kwargs`` holds a name that the method does not know, or a value is out of range.
     """
-    method, known = arguments.importance_method, SETTINGS[arguments.importance_method]
+    method, known = arguments.method, SETTINGS[arguments.method]
     given = {NAMES[name]: value for name, value in arguments.given().items() if value is not None}
     for name, value in arguments.kwargs.items():
         if name not in known:
@@ -73,11 +73,10 @@ def chosen(arguments: ImportanceArguments, given: Sampler | None, said: set[str]
         ValueError: A value is unknown or out of range, or both a sampler and a method were given.
     """
     arguments.check()
-    method = arguments.importance_method
-    if given is not None and method != "presample":
+    if given is not None and arguments.importance_method is not None:
         raise ValueError(
-            f"sampler={type(given).__name__}(...) and importance_method={method!r} were given, and each says which "
-            "examples are trained on. Pass one of the two."
+            f"sampler={type(given).__name__}(...) and importance_method={arguments.importance_method!r} were given, "
+            "and each says which examples are trained on. Pass one of the two."
         )
     idle = _without_effect(arguments, given) if arguments.importance_sampling else None
     if idle is not None and idle not in said:
@@ -94,7 +93,7 @@ def _without_effect(arguments: ImportanceArguments, sampler: Sampler | None) -> 
         idle += ["importance_kwargs"] if arguments.kwargs else []
         where = f"with sampler={kind}(...), whose constructor takes its settings"
     else:
-        known = SETTINGS[arguments.importance_method]
+        known = SETTINGS[arguments.method]
         idle = [n for n, value in arguments.given().items() if value is not None and NAMES[n] not in known]
-        where = f"with importance_method={arguments.importance_method!r}"
+        where = f"with importance_method={arguments.method!r}"
     return f"{', '.join(idle)}: no effect {where}." if idle else None
