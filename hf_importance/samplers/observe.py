@@ -101,14 +101,11 @@ class Observe(Auto):
                 f"presampling {self.fresh.price():.2f} of a uniform step). It pays where most examples are learnt: "
                 "more epochs, or a cheaper scoring pass (scoring_dtype)."
             )
-        by = "presampling" if seen.presample >= seen.history else "history"
-        method = "presample" if by == "presampling" else "history"
-        if seen.presample and seen.history:
-            by, method = "presampling and history", "auto"
+        by = " and ".join(["presampling"] * (seen.presample > 0) + ["history"] * (seen.history > 0))
         return (
             f"Observed {seen.steps} steps: importance sampling would have been on from step {seen.first}, in "
             f"{seen.presample + seen.history} steps, by {by}, for {seen.compute / seen.steps:.0%} of the compute of "
-            f"uniform steps. Train with importance_method={method!r} to have it."
+            "uniform steps. Train without importance_method='observe' to have it."
         )
 
     def load_state_dict(self, state: Any) -> None:
