@@ -52,6 +52,28 @@ def systematic_outcomes(probabilities: list[float], order: list[int]) -> list[tu
     return outcomes
 
 
+def gain_of_a_draw(scores: list[float], inclusion: list[float]) -> float:
+    """Mean square of a score over that of a weighted one, over every order, offset and place of a systematic draw."""
+    examples, size = len(scores), round(sum(inclusion))
+    orders = list(itertools.permutations(range(examples)))
+    drawn = 0.0
+    for order in orders:
+        for chance, outcome in systematic_outcomes(inclusion, list(order)):
+            weighted = [(size / (examples * inclusion[i]) * scores[i]) ** 2 for i in outcome]
+            drawn += chance / len(orders) * sum(weighted) / size
+    return sum(score**2 for score in scores) / examples / drawn
+
+
+def forecast(promise: float, steps: list[tuple[float, float, float, float]], keep: float) -> float:
+    """A promise times how earlier ones were kept: (promise, share of a uniform step, Σ w s², Σ w² s²) of each step."""
+    uniform, promised = 0.0, 0.0
+    for k, (then, _, found, drawn) in enumerate(steps):
+        since = sum(share for _, share, _, _ in steps[k + 1 :])
+        uniform += keep**since * found
+        promised += keep**since * then * drawn
+    return promise * uniform / promised
+
+
 def multinomial_outcomes(probabilities: list[float], size: int) -> list[tuple[float, list[int]]]:
     """Every outcome of ``size`` draws with replacement, with its probability."""
     outcomes = []
