@@ -64,14 +64,22 @@ def gain_of_a_draw(scores: list[float], inclusion: list[float]) -> float:
     return sum(score**2 for score in scores) / examples / drawn
 
 
-def forecast(promise: float, steps: list[tuple[float, float, float, float]], keep: float) -> float:
-    """A promise times how earlier ones were kept: (promise, share of a uniform step, Σ w s², Σ w² s²) of each step."""
-    uniform, promised = 0.0, 0.0
-    for k, (then, _, found, drawn) in enumerate(steps):
-        since = sum(share for _, share, _, _ in steps[k + 1 :])
-        uniform += keep**since * found
-        promised += keep**since * then * drawn
-    return promise * uniform / promised
+def forecast(promise: float, steps: list[tuple[float, float, float, float]], window: float) -> float:
+    """A promise times how earlier ones were kept: (promise, examples, Σ w s², Σ w² s²) of each step, of 16 if uniform.
+
+    As if promises had been kept for ``window`` examples more.
+    """
+    count, uniform, promised = 0.0, 0.0, 0.0
+    for k, (then, examples, found, drawn) in enumerate(steps):
+        since = sum(more for _, more, _, _ in steps[k + 1 :]) / 16
+        remembered = (1 - 16 / window) ** since
+        count, uniform, promised = (
+            count + remembered * examples,
+            uniform + remembered * found,
+            promised + remembered * then * drawn,
+        )
+    alike = window * uniform / count
+    return promise * (uniform + alike) / (promised + alike)
 
 
 def multinomial_outcomes(probabilities: list[float], size: int) -> list[tuple[float, list[int]]]:

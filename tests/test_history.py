@@ -203,7 +203,9 @@ def test_the_promise_is_the_gain_over_every_draw(share):
     levels, counts = [0.2, 1.0, 3.0], [2, 2, 1]
     scores = torch.tensor(levels, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
     proposal = Proposal(share)
-    proposal.take(Calibration(torch.tensor([0.5, 2.0]), torch.tensor(levels).double()), torch.tensor(counts))
+    proposal.take(
+        Calibration(torch.tensor([0.5, 2.0]), torch.tensor(levels, dtype=torch.float64)), torch.tensor(counts)
+    )
     for size in (1, 2, 3, 5):
         inclusion = inclusion_probabilities(proposal.relative, size, proposal.counts)
         each = inclusion[proposal.calibration.bins(scores.float()).long()]
@@ -222,9 +224,9 @@ def test_a_forecast_is_the_promise_times_how_earlier_ones_were_kept():
         for count in (16.0, 10.0, 11.0):
             found = (1 + torch.rand(2, generator=random)).tolist()
             sampler.learn(1.5, [count, *found])
-            steps.append((promise, count / 16, *found))
+            steps.append((promise, count, *found))
     sampler.state.promised = 3.0
-    assert sampler.gain == pytest.approx(reference.forecast(3.0, steps, 1 - 2 / 250))
+    assert sampler.gain == pytest.approx(reference.forecast(3.0, steps, 250 / 2 * 16))
 
 
 class Growing:

@@ -16,8 +16,9 @@ what is averaged is how promises were kept:
 .. math:: \text{gain of the next draw} = \text{its promise} \cdot
     \frac{\langle w \hat G^2 \rangle}{\langle \text{promise} \cdot w^2 \hat G^2 \rangle}
 
-The second factor changes slowly, so its average may be long, and it is what a memory that suddenly says nothing is
-seen by. Of a calibration that is right it is 1. Left out are the mean gradient, which has no noise (with the share m
+The second factor is 1 of a calibration that is right, and averaged as if it had been 1 for as many examples more as
+the average goes back to: from half an epoch it is itself known to some percent only. It is what a memory that suddenly
+says nothing is seen by. Left out are the mean gradient, which has no noise (with the share m
 of the second moment, a step has :math:`(1 - m\,\text{gain}) / (1 - m)` of the noise promised), and that a score is
 only a bound.
 """
@@ -216,16 +217,21 @@ class History(Sampler):
 
     def learn(self, tau: float, sums: Sequence[float]) -> None:
         """Average in how the promise was kept, over as many examples however many steps these are."""
-        run, state = self.run, self.state
+        state = self.state
         if self._proposal.calibration is None:
             return
-        step = run.batch_size * run.accumulation * run.ranks
-        window = max(run.updates * WINDOW, 20, 2 * FEWEST_EXAMPLES / step)
         count, uniform_moment, drawn_moment = sums
-        keep = (1 - 1 / window) ** (count / step)
+        step, window = self._window
+        keep = (1 - step / window) ** (count / step)
         state.count = keep * state.count + count
         state.uniform_moment = keep * state.uniform_moment + uniform_moment
         state.promised_moment = keep * state.promised_moment + state.promised * drawn_moment
+
+    @property
+    def _window(self) -> tuple[int, float]:
+        """Examples of a uniform step, and those that the average goes back to."""
+        step = self.run.batch_size * self.run.accumulation * self.run.ranks
+        return step, max(WINDOW * self.run.updates * step, 20 * step, 2 * FEWEST_EXAMPLES)
 
     # ---- Say, save ----
 
@@ -238,8 +244,10 @@ class History(Sampler):
     def gain(self) -> float:
         """Second moment of uniform sampling over that of the draw that runs or would run; 1 while nothing is known."""
         state = self.state
-        kept = state.uniform_moment / state.promised_moment if state.promised_moment > 0 else 0.0
-        return kept * state.promised or 1.0
+        if not state.uniform_moment > 0:
+            return 1.0
+        broken, (_, window) = state.promised_moment / state.uniform_moment, self._window
+        return state.promised * (window + state.count) / (window + broken * state.count)
 
     @property
     def cost(self) -> float | None:
