@@ -1,11 +1,11 @@
 r"""Does a planned step have the noise that the cost rule says? The true gradient's, beside that of a uniform step.
 
-A task of ``remembered_scores.py`` is trained uniformly. After every epoch steps with
+A task of ``remembered_scores.py``, or of ``frontier``, is trained uniformly. After every epoch steps with
 ``importance_budget="constant_variance"`` are played on some hundred training examples as training does them: plan by
 what earlier steps showed, draw a pool, keep by its scores (dropout off, running statistics), learn from them.
-``noise`` is the mean squared distance of their gradients from the mean gradient, over that of uniform steps (1 is what
-is promised); ``cost`` what the plan says. A gradient is kept as its projection on 4,096 random directions (a count
-sketch), which leaves distances as they are. It is taken in two modes::
+``noise`` is the variance of their gradients over that of uniform steps' (1 is what is promised); ``cost`` what the
+plan says. A gradient is kept as its projection on 4,096 random directions (a count sketch), which leaves distances as
+they are. It is taken in two modes::
 
     eval     of each example once, one backward pass each, dropout off and BatchNorm with running statistics; a step is
              the weighted mean of its examples, and any number of steps can be played
@@ -13,8 +13,13 @@ sketch), which leaves distances as they are. It is taken in two modes::
              normalises with the moments of what was drawn, of which there are at least 16. So what these do to a
              small batch of hard examples is in the noise
 
-With ``--history`` the run is by ``importance_method="history"`` with ``"constant_variance"``, and what is played are
-steps as its own sampler would draw them next, in ``train()``, of all training examples.
+With ``--history`` the run is by ``importance_method="history"`` with ``"constant_variance"``; a row an epoch says::
+
+    batch    of its steps drawn by memory, over a uniform step's
+    scores   noise of these steps, as trained on, over that of uniform ones: mean w² Ĝ² / n over mean w Ĝ² / b
+    gain     gone by halfway through a draw; of today's scores of all examples; and of gradients' true norms
+    mean     share that the mean gradient has of the second moment, which is no noise
+    noise    of steps as that draw could have had them, by their gradients in ``train()``, over uniform steps'
 
 With ``--perceptrons`` the models are small ones with dropout, on points made for it, for which no data is needed.
 
@@ -31,8 +36,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,9 +53,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_importance import History, ImportanceTrainer, ImportanceTrainingArguments, estimate_tau, resample
 from hf_importance.heads.choose import head_of
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
+from hf_importance.samplers.sampler import Facts, Visits
 from hf_importance.theory.calibration import InTraining, pair_sums
 from hf_importance.theory.costs import plan
+from hf_importance.theory.sampling import inclusion_probabilities
 from hf_importance.theory.variance import VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
+
+sys.path.append(str(Path(__file__).parent / "frontier"))
+import learners
 
 DIRECTIONS = 4096
 STEPS = {"eval": 1000, "train": 200}  # played of each kind
@@ -64,6 +75,25 @@ KINDS = {
 }
 
 
+def of_the_bench(name: str, data: Path, models: Path) -> Task:
+    """Give a task of ``frontier``."""
+    task = learners.TASKS[name]
+    parts = task.load(data, models)
+    arguments = {
+        "per_device_train_batch_size": task.batch_size,
+        "num_train_epochs": task.epochs,
+        "learning_rate": task.rates[1],
+        "remove_unused_columns": False,
+        "max_grad_norm": 1.0,
+    }
+    if task.sgd:
+        arguments |= {"optim": "sgd", "optim_args": "momentum=0.9", "max_grad_norm": 0.0}
+    return Task(
+        lambda: task.model(parts), parts.train, parts.test, lambda: parts.validation, arguments, parts.train.collate
+    )
+
+
+TASKS |= {name: functools.partial(of_the_bench, name) for name in learners.TASKS if name not in TASKS}
 Draw = tuple[Tensor, Tensor, float]  # which examples a step trains on, their weights, and what it costs
 
 
@@ -146,13 +176,19 @@ def planned_steps(
         factor.average(inverse_moments(in_training(scores[pool])).tolist())
 
 
-def noise(
-    draws: Iterator[Draw], gradient: Callable[[Tensor, Tensor], Tensor], center: Tensor
-) -> tuple[float, float, float]:
-    """Give the mean squared distance from the center, its standard error, and the mean cost."""
-    pairs = [(float((gradient(rows, weights) - center).square().sum()), cost) for rows, weights, cost in draws]
-    distances, costs = torch.tensor(pairs, dtype=torch.float64).T
-    return float(distances.mean()), float(distances.std()) / math.sqrt(len(distances)), float(costs.mean())
+def noise(draws: Iterator[Draw], gradient: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float, float]:
+    """Give the variance of the steps' gradients, its standard error, and the mean cost."""
+    pairs = [(gradient(rows, weights), cost) for rows, weights, cost in draws]
+    found, count = torch.stack([one for one, _ in pairs]), len(pairs)
+    distances = (found - found.mean(0)).square().sum(1) * count / (count - 1)
+    costs = math.fsum(cost for _, cost in pairs)
+    return float(distances.mean()), float(distances.std()) / math.sqrt(count), costs / count
+
+
+def over(drawn: tuple[float, float, float], uniform: tuple[float, float, float]) -> str:
+    """Give the noise of drawn steps over that of uniform ones, and its standard error, as a cell."""
+    ratio = drawn[0] / uniform[0]
+    return f"{ratio:.2f} ± {ratio * math.hypot(drawn[1] / drawn[0], uniform[1] / uniform[0]):.2f}"
 
 
 def measure(
@@ -162,56 +198,84 @@ def measure(
     generator, steps, count = torch.Generator().manual_seed(1), STEPS[mode], len(index)
     gradients = Gradients(model, task, index)
     tau = float(estimate_tau(gradients.scores))
-    every = torch.arange(count), torch.ones(count)
     if mode == "eval":
         gradient, smallest = gradients.one_by_one(), 1
-        center = gradient(*every)
     else:
         gradient, smallest = gradients.of, FEWEST_FOR_BATCH_NORM if batch_norm_layers(model) else 1
         model.train()
-        # What a uniform step's is on average, by other steps than those that are measured.
-        own = uniform_steps(count, size, steps, generator)
-        center = torch.stack([gradient(rows, weights) for rows, weights, _ in own]).mean(0)
-    uniform, uniform_error, _ = noise(uniform_steps(count, size, steps, generator), gradient, center)
+    uniform = noise(uniform_steps(count, size, steps, generator), gradient)
     cells = [f"{tau:.2f}"]
     for kind in kinds:
-        draws = planned_steps(gradients, size, kappa, kind, smallest, steps, generator)
-        drawn, error, cost = noise(draws, gradient, center)
-        spread = drawn / uniform * math.hypot(error / drawn, uniform_error / uniform)
-        cells += [f"{cost:.2f}", f"{drawn / uniform:.2f} ± {spread:.2f}"]
+        drawn = noise(planned_steps(gradients, size, kappa, kind, smallest, steps, generator), gradient)
+        cells += [f"{drawn[2]:.2f}", over(drawn, uniform)]
     return cells
 
 
-def remembered_steps(sampler: History, steps: int, generator: torch.Generator) -> Iterator[Draw]:
-    """Give what the steps of a run by history train on next, were they drawn anew; none where it is off."""
-    sampler = copy.copy(sampler)
-    sampler.state = copy.deepcopy(sampler.state)
-    sampler.run = dataclasses.replace(sampler.run, generator=lambda *key: generator)
-    given = 0
-    while given < steps:
-        visits = sampler.visits()
-        if visits is None or visits.uniform:
-            return
-        ends = [math.floor(micro * visits.batch_size) for micro in range(visits.micro_batches + 1)]
-        for start, end in itertools.islice(itertools.pairwise(ends), steps - given):
-            given += 1
-            rows = visits.index[start:end].long()
-            yield rows, visits.weights[start:end], (end - start) / sampler.run.batch_size
+class Watched(History):
+    """Notes what its steps found, and what it drew by."""
+
+    def begin(self, run: Facts) -> None:
+        """Forget everything, for a run begins."""
+        super().begin(run)
+        self.steps: list[tuple[float, float, float]] = []  # batch, noise, a uniform step's noise
+        self.halfway = -1
+
+    def visits(self) -> Visits | None:
+        """Draw, and note by what and until when."""
+        found = super().visits()
+        if found is not None and not found.uniform:
+            run, self.then = self.run, copy.copy(self)
+            table, place = copy.copy(run.table), run.place()
+            table.scores = table.scores.clone()
+            self.then.state, self.then._proposal = copy.copy(self.state), copy.copy(self._proposal)
+            self.then.run = dataclasses.replace(run, table=table, place=lambda: place)
+            self.drawn = found
+            self.halfway = run.step() + max(found.micro_batches // run.accumulation // 2, 1)
+        return found
+
+    def learn(self, tau: float, sums: Sequence[float]) -> None:
+        """Note the second moments of a step."""
+        super().learn(tau, sums)
+        size = self.run.batch_size * self.run.accumulation
+        if self.state.drawn:
+            count, uniform, drawn = sums
+            self.steps.append((count / size, drawn / count**2, uniform / count / size))
+
+    def again(self, steps: int, generator: torch.Generator) -> Iterator[Draw]:
+        """Give steps that the last draw could have had as well."""
+        then, drawn = copy.copy(self.then), self.drawn
+        then.run = dataclasses.replace(then.run, generator=lambda *key: generator)
+        size, given = then.run.batch_size, 0
+        while given < steps:
+            visits = then.draw(drawn.batch_size / size, drawn.micro_batches // then.run.accumulation)
+            ends = [math.floor(micro * visits.batch_size) for micro in range(visits.micro_batches + 1)]
+            for start, end in itertools.islice(itertools.pairwise(ends), steps - given):
+                given += 1
+                yield visits.index[start:end].long(), visits.weights[start:end], (end - start) / size
+
+    def weights_then(self, index: Tensor) -> Tensor:
+        """Give the weights that any examples would have had in the last draw, float64."""
+        then, size = self.then._proposal, len(self.drawn.index)
+        inclusion = inclusion_probabilities(then.relative, size, then.counts)
+        bins = then.calibration.bins(self.then.run.table.scores[index]).long()
+        return size / len(self.then.run.table.scores) / inclusion[bins]
 
 
-def measure_history(model: nn.Module, task: Task, sampler: History, size: int, steps: int) -> list[str]:
-    """Give the gain that the run goes by, and of its steps the share of a batch and the noise, as cells."""
-    generator, gradients = torch.Generator().manual_seed(1), Gradients(model, task, list(range(len(task.train))))
+def measure_history(model: nn.Module, task: Task, sampler: Watched, size: int, settings: argparse.Namespace) -> list:
+    """Give the gains, the mean gradient's part and the noise of a draw's steps, as cells."""
+    examples, steps, count = len(task.train), STEPS["train"], settings.examples
+    generator, gradients = torch.Generator().manual_seed(1), Gradients(model, task, list(range(examples)))
     model.train()
-    count, gradient = len(task.train), gradients.of
-    center = torch.stack([gradient(rows, w) for rows, w, _ in uniform_steps(count, size, steps, generator)]).mean(0)
-    draws = list(remembered_steps(sampler, steps, generator))
-    if not draws:
-        return [f"{sampler.gain:.2f}", "off", ""]
-    uniform, uniform_error, _ = noise(uniform_steps(count, size, steps, generator), gradient, center)
-    drawn, error, cost = noise(iter(draws), gradient, center)
-    spread = drawn / uniform * math.hypot(error / drawn, uniform_error / uniform)
-    return [f"{sampler.gain:.2f}", f"{cost:.2f}", f"{drawn / uniform:.2f} ± {spread:.2f}"]
+    rows = torch.randperm(examples, generator=generator)
+    weights = sampler.weights_then(rows)
+    squares = torch.cat([gradients.heard(part) for part in rows.split(250)]).square()
+    found = torch.stack([gradients.of(row, torch.ones(1)) for row in rows[:count].split(1)])
+    norms = found.square().sum(1)
+    mean = float(found.sum(0).square().sum() - norms.sum()) / (count - 1) / float(norms.sum())
+    of_scores, of_norms = (float(x.mean() / (w * x).mean()) for x, w in ((squares, weights), (norms, weights[:count])))
+    drawn = noise(sampler.again(steps, generator), gradients.of)
+    uniform = noise(uniform_steps(examples, size, steps, generator), gradients.of)
+    return [f"{sampler.gain:.2f}", f"{of_scores:.2f}", f"{of_norms:.2f}", f"{mean:.3f}", over(drawn, uniform)]
 
 
 class Probe(TrainerCallback):
@@ -228,6 +292,26 @@ class Probe(TrainerCallback):
         for buffer, before in buffers:
             buffer.copy_(before)
         model.train()
+
+
+class Halfway(Probe):
+    """Calls it halfway through a draw by memory in place of that, once in the second half of each epoch."""
+
+    def __init__(
+        self, function: Callable[[nn.Module, int], None], sampler: Watched, say: Callable[[int], None]
+    ) -> None:
+        super().__init__(function)
+        self.sampler, self.say, self.measured = sampler, say, 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Measure."""
+        if state.global_step == self.sampler.halfway and state.epoch % 1 >= 0.4 and self.measured < state.epoch:
+            super().on_epoch_end(args, state, control, **kwargs)
+            self.measured = math.ceil(state.epoch)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Print the epoch's row."""
+        self.say(round(state.epoch))
 
 
 class Perceptron(nn.Module):
@@ -270,29 +354,34 @@ def perceptrons(kinds: list[str], kappa: float) -> None:
         print("| " + " | ".join([f"{dropout}", f"{steps}", *cells]) + " |", flush=True)
 
 
-def by_history(name: str, task: Task, size: int, settings: argparse.Namespace) -> None:
+def by_history(task: Task, size: int, settings: argparse.Namespace) -> None:
     """Train a task by history and print a row an epoch."""
-    print("| epoch | gain | batch | noise |\n|--:|--:|--:|--:|", flush=True)
-    sampler = History(budget="constant_variance", margin=settings.margin)
+    print("| epoch | batch | scores | gain | of scores | of norms | mean | noise |\n|--:|" + "--:|" * 7, flush=True)
+    sampler, cells = Watched(budget="constant_variance", margin=settings.margin), []
 
-    def row(model: nn.Module, epoch: int) -> None:
-        cells = measure_history(model, task, sampler, size, STEPS["train"])
-        print(f"| {epoch} | " + " | ".join(cells) + " |", flush=True)
+    def measured(model: nn.Module, epoch: int) -> None:
+        cells[:] = measure_history(model, task, sampler, size, settings)
 
-    torch.manual_seed(0)
-    arguments = arguments_of(ImportanceTrainingArguments, task)
+    def row(epoch: int) -> None:
+        if sampler.steps:
+            batch, drawn, uniform = torch.tensor(sampler.steps, dtype=torch.float64).mean(0).tolist()
+            print(f"| {epoch} | {batch:.2f} | {drawn / uniform:.2f} | " + " | ".join(cells) + " |", flush=True)
+        sampler.steps, cells[:] = [], []
+
+    torch.manual_seed(settings.seed)
+    arguments = arguments_of(ImportanceTrainingArguments, task, settings.seed)
     trainer = ImportanceTrainer(
         task.model(), arguments, train_dataset=task.train, data_collator=task.collator, sampler=sampler,
-        callbacks=[Probe(row)],
+        callbacks=[Halfway(measured, sampler, row)],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
-def arguments_of(kind: type[TrainingArguments], task: Task) -> TrainingArguments:
+def arguments_of(kind: type[TrainingArguments], task: Task, seed: int) -> TrainingArguments:
     """Give a task's arguments, for a run that says and writes nothing."""
     quiet = {"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
-    return kind(tempfile.mkdtemp(), seed=0, dataloader_pin_memory=False, **quiet, **task.arguments)
+    return kind(tempfile.mkdtemp(), seed=seed, dataloader_pin_memory=False, **quiet, **task.arguments)
 
 
 def main() -> None:
@@ -304,11 +393,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--perceptrons", action="store_true", help="In place of tasks: small ones, with dropout.")
     parser.add_argument("--history", action="store_true", help="Of runs by history, in place of uniform ones.")
-    parser.add_argument("--margin", type=float, default=1.1, help="Of history.")
+    parser.add_argument("--margin", type=float, default=1.0, help="Of history.")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, help="Played of each kind, in place of 1,000 and 200.")
     parser.add_argument("--kappa", type=float, default=1 / 3)
     parser.add_argument("--examples", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, help="In place of each task's own.")
     settings = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -326,7 +416,7 @@ def main() -> None:
         index = torch.randperm(len(task.train), generator=generator)[: settings.examples].tolist()
         print(f"\n{name}, kappa {settings.kappa}, batch {size}, {settings.examples} examples")
         if settings.history:
-            by_history(name, task, size, settings)
+            by_history(task, size, settings)
             continue
         print("| epoch | mode | tau | " + " | ".join(f"{kind}: cost | noise" for kind in settings.kinds) + " |")
         print("|--:|---|--:|" + "--:|--:|" * len(settings.kinds), flush=True)
@@ -336,8 +426,8 @@ def main() -> None:
                 cells = [f"{epoch}", mode, *measure(model, task, index, size, settings.kappa, mode, settings.kinds)]
                 print("| " + " | ".join(cells) + " |", flush=True)
 
-        torch.manual_seed(0)
-        arguments = arguments_of(TrainingArguments, task)
+        torch.manual_seed(settings.seed)
+        arguments = arguments_of(TrainingArguments, task, settings.seed)
         trainer = Trainer(
             task.model(), arguments, train_dataset=task.train, data_collator=task.collator, callbacks=[Probe(rows)]
         )

@@ -52,6 +52,36 @@ def systematic_outcomes(probabilities: list[float], order: list[int]) -> list[tu
     return outcomes
 
 
+def gain_of_a_draw(scores: list[float], inclusion: list[float]) -> float:
+    """Mean square of a score over that of a weighted one, over every order, offset and place of a systematic draw."""
+    examples, size = len(scores), round(sum(inclusion))
+    orders = list(itertools.permutations(range(examples)))
+    drawn = 0.0
+    for order in orders:
+        for chance, outcome in systematic_outcomes(inclusion, list(order)):
+            weighted = [(size / (examples * inclusion[i]) * scores[i]) ** 2 for i in outcome]
+            drawn += chance / len(orders) * sum(weighted) / size
+    return sum(score**2 for score in scores) / examples / drawn
+
+
+def forecast(promise: float, steps: list[tuple[float, float, float, float]], window: float) -> float:
+    """A promise times how earlier ones were kept: (promise, examples, Σ w s², Σ w² s²) of each step, of 16 if uniform.
+
+    As if promises had been kept for ``window`` examples more.
+    """
+    count, uniform, promised = 0.0, 0.0, 0.0
+    for k, (then, examples, found, drawn) in enumerate(steps):
+        since = sum(more for _, more, _, _ in steps[k + 1 :]) / 16
+        remembered = (1 - 16 / window) ** since
+        count, uniform, promised = (
+            count + remembered * examples,
+            uniform + remembered * found,
+            promised + remembered * then * drawn,
+        )
+    alike = window * uniform / count
+    return promise * (uniform + alike) / (promised + alike)
+
+
 def multinomial_outcomes(probabilities: list[float], size: int) -> list[tuple[float, list[int]]]:
     """Every outcome of ``size`` draws with replacement, with its probability."""
     outcomes = []

@@ -8,19 +8,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
+from hf_importance.batches.random import key_to_seed
 from hf_importance.batches.visits import Order
 from hf_importance.ranks import Ranks
 from hf_importance.run.table import COLUMNS, Table
 from hf_importance.samplers import proposal as proposals
 from hf_importance.samplers.history import History
 from hf_importance.samplers.proposal import Proposal, comb
-from hf_importance.samplers.sampler import Facts
-from hf_importance.theory.calibration import PAIRS_PER_BIN, calibrate
+from hf_importance.samplers.sampler import Facts, Scored
+from hf_importance.theory.calibration import PAIRS_PER_BIN, Calibration, calibrate
 from hf_importance.theory.sampling import inclusion_probabilities, systematic_draw
 
 ALONE = Ranks(SimpleNamespace(num_processes=1, process_index=0))
@@ -193,6 +195,108 @@ def test_pure_noise_costs_nothing_calibrated_and_raw_scores_lose():
     raw = inclusion_probabilities(table.scores, 4000)
     raw_weights = 0.2 / raw
     assert float(found.square().mean() / (raw_weights * found.square()).mean()) < 0.6
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_the_promise_is_the_gain_over_every_draw(share):
+    # Exact: all orders and offsets, of examples that score what their bin does.
+    levels, counts = [0.2, 1.0, 3.0], [2, 2, 1]
+    scores = torch.tensor(levels, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
+    proposal = Proposal(share)
+    proposal.take(
+        Calibration(torch.tensor([0.5, 2.0]), torch.tensor(levels, dtype=torch.float64)), torch.tensor(counts)
+    )
+    for size in (1, 2, 3, 5):
+        inclusion = inclusion_probabilities(proposal.relative, size, proposal.counts)
+        each = inclusion[proposal.calibration.bins(scores.float()).long()]
+        exact = reference.gain_of_a_draw(scores.tolist(), each.tolist())
+        assert proposal.promised_gain(size / 5) == pytest.approx(exact, rel=1e-9)
+    assert proposal.promised_gain(0) == proposal.promised_gain(1 / 5)
+
+
+def test_a_forecast_is_the_promise_times_how_earlier_ones_were_kept():
+    table, sampler = filled()[0], History()
+    sampler.begin(facts(table, examples=4000, batch_size=16, accumulation=1, updates=250, ranks=1))
+    sampler.calibrate()
+    random, steps = torch.Generator().manual_seed(0), []
+    for promise in (1.5, 1.6, 2.0):
+        sampler.state.promised = promise
+        for count in (16.0, 10.0, 11.0):
+            found = (1 + torch.rand(2, generator=random)).tolist()
+            sampler.learn(1.5, [count, *found])
+            steps.append((promise, count, *found))
+    sampler.state.promised = 3.0
+    assert sampler.gain == pytest.approx(reference.forecast(3.0, steps, 250 / 2 * 16))
+
+
+class Growing:
+    """A run whose scores spread as it trains: of each visit exp(s z) with a z that memory knows by 0.9."""
+
+    examples, batch, updates = 12_800, 64, 200
+
+    def __init__(self, budget="constant_variance", **settings):
+        self.table, self.sampler, self.step, self.number = (
+            Table(self.examples, ALONE),
+            History(budget, **settings),
+            0,
+            0,
+        )
+        self.random = torch.Generator().manual_seed(0)
+        self.known = torch.randn(self.examples, generator=self.random)
+        self.sampler.begin(
+            facts(
+                self.table, examples=self.examples, batch_size=self.batch, updates=self.updates, ranks=1,
+                accumulation=1, micro_batches=self.updates, place=lambda: self.step % self.updates,
+                visiting=lambda: self.step > 0, draws=lambda: self.number, step=lambda: self.step,
+                steps=lambda: 10 * self.updates,
+                generator=lambda *key: torch.Generator().manual_seed(key_to_seed(0, *key)),
+            )
+        )  # fmt: skip
+
+    def found(self, index):
+        """Score examples at this step."""
+        noise = torch.randn(len(index), generator=self.random)
+        spread = 0.3 + 0.1 * self.step / self.updates
+        return torch.exp(spread * (0.9 * self.known[index] + 0.44 * noise)).double()
+
+    def train(self, index, weights, kind):
+        """Make a step, and give its mean w Ĝ² and w² Ĝ²."""
+        seen = Scored(self.found(index), index, 0, 0, weights, kind=kind)
+        sums = self.sampler.measure(seen)
+        self.table.add(index, seen.scores, weights, self.step)
+        self.table.exchange()
+        self.sampler.learn(1.5, sums)
+        self.step += 1
+        return sums[1] / len(index), sums[2] / len(index)
+
+    def epoch(self):
+        """Give the noise of an epoch's steps over that of uniform ones."""
+        noise = uniform = 0.0
+        while True:
+            visits = self.sampler.visits() if self.step else None
+            self.number += 1
+            if visits is None:
+                order = torch.randperm(self.examples, generator=self.random).split(self.batch)
+                parts = [(index, torch.ones(len(index), dtype=torch.float64)) for index in order]
+            else:
+                sizes = torch.tensor([math.floor(m * visits.batch_size) for m in range(visits.micro_batches + 1)])
+                sizes = sizes.diff().tolist()
+                parts = [*zip(visits.index.long().split(sizes), visits.weights.double().split(sizes), strict=True)]
+            for index, weights in parts:
+                second, drawn = self.train(index, weights, "batch" if visits is None else "visits")
+                uniform, noise = uniform + second / self.batch, noise + drawn / len(index)
+            if self.step % self.updates == 0:
+                return noise / uniform
+
+
+def test_steps_hold_the_noise_of_uniform_ones_while_the_gain_grows():
+    run = Growing()
+    for _ in range(3):
+        run.epoch()
+    noises = [run.epoch() for _ in range(4)]
+    assert run.sampler.state.drawn and run.sampler.gain > 1.5
+    assert noises == pytest.approx([1.0] * 4, abs=0.05)
+    assert sum(noises) / 4 == pytest.approx(1.0, abs=0.02)
 
 
 # ---- The table ----

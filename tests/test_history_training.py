@@ -97,7 +97,7 @@ def test_weights_undo_the_preference(saving):
     assert float(high[index].float().mean()) > 1.4 * float(high.float().mean())
     weighted = float((weights * high[index]).sum() / len(weights))
     assert weighted == pytest.approx(float(high.float().mean()), rel=0.12)
-    assert float(weights.mean()) == pytest.approx(1, abs=0.1)
+    assert float(weights.mean()) == pytest.approx(1, abs=0.15)  # three standard errors of 330 visits
     assert weights.max() <= 10
 
 

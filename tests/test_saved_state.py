@@ -84,7 +84,8 @@ VALID = {
             "remembered": {
                 "count": 9.0,
                 "uniform_moment": 2.0,
-                "drawn_moment": 1.0,
+                "promised_moment": 1.0,
+                "promised": 1.5,
                 "drawn": True,
                 "skipped_share": 0.5,
                 "edges": [0.5],

@@ -100,7 +100,13 @@ class Proposal:
         return (1 / self.relative[self.calibration.bins(remembered)]).float()
 
     def promised_gain(self, fraction: float) -> float:
-        """Give the gain that the calibration promises a draw of this share of the examples, in (0, 1].
+        r"""Give the gain that the calibration promises a draw of this share of the examples, in [0, 1]; one at least.
+
+        A place of a draw of n holds example i with probability :math:`\pi_i / n` and the weight
+        :math:`w_i = n / (N \pi_i)`, so over all draws the mean of :math:`w^2 s^2` there is that of :math:`w s^2` over
+        the table. With the levels as s, the gain is :math:`\sum s_i^2 / \sum w_i s_i^2`. It holds of steps whatever
+        part of the draw they are: what drawing without replacement takes off, :math:`\sum s_i^2 / N^2`, is the same
+        for a uniform step.
 
         The longer the draw, the more examples are certain to be in it, and no example is in it twice: a draw of
         everything is uniform sampling, with a gain of 1.
