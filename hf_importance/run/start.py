@@ -40,6 +40,7 @@ from hf_importance.run.step import OFF, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.transfer import Preparation
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +189,10 @@ def start(
         clock,
         facts,
         report,
-        prepare=lambda batch: alive(this)._prepare_inputs(batch),
+        prepare=Preparation(
+            lambda batch: alive(this)._prepare_inputs(batch), "_prepare_inputs" in hooks, seed, args.device
+        ),
         precision=Precision(scorer, ranks, args.device, cheaper),
-        prepares="_prepare_inputs" in hooks,
         waits_in_passes=ranks.size > 1 and sharded,
     )
     watch = Watch(objective, scorer, clock, said, can_go_around(trainer, own_code[0]))
