@@ -146,11 +146,12 @@ def start(
     # to fit into memory by their lengths, each is trained on.
     rebalanced = getattr(args, "train_sampling_strategy", "") == "batch_rebalance"
     apart = "training_step" in own_code[0] or trainer.is_deepspeed_enabled or rebalanced
+    feed.gathered = 1 if apart else accumulation
     facts = Facts(
         examples=None if streaming else len(loader.dataset),
         batch_size=batch_size,
         accumulation=accumulation,
-        gathered=1 if apart else accumulation,
+        gathered=feed.gathered,
         micro_batches=micro_batches,
         updates=updates,
         fewest=objective.fewest,
