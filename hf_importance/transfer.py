@@ -5,12 +5,16 @@ A blocking copy ends when the device has done all that it was given before, and 
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_importance.batches.random import isolated_rng, key_to_seed
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -30,6 +34,35 @@ def to_device(value: Any, device: torch.device) -> Any:
 def _has_events(device: torch.device) -> bool:
     """Whether a device is one that torch itself can ask how far it is; XLA is none."""
     return device.type == getattr(torch.accelerator.current_accelerator(), "type", None)
+
+
+@dataclass
+class Preparation:
+    """Prepares batches that are scored, as the Trainer prepares those that it trains on.
+
+    What is kept of them the Trainer prepares once more. With its own ``_prepare_inputs`` that changes nothing, and
+    what lies on the device is not copied. A user's must meet each example that is trained on once, and within the
+    batch that is trained on: it may normalise, pad or mix. So rows are then kept of what came in, and what was made of
+    it to be scored leaves no trace, in place or in the random state.
+
+    Attributes:
+        own: The Trainer's ``_prepare_inputs``.
+        overridden: Whether the user's code has a part in it.
+        seed: With the key of a batch, of the random numbers of the CPU that it draws.
+        device: Where the model is.
+    """
+
+    own: Callable[[Any], Any]
+    overridden: bool
+    seed: int
+    device: torch.device
+
+    def __call__(self, batch: Any, *key: int) -> Any:
+        """Give what the model takes; ``key``: non-negative."""
+        if not self.overridden:
+            return self.own(batch)
+        with isolated_rng(key_to_seed(self.seed, *key, 11), self.device):
+            return self.own(copy.deepcopy(batch))
 
 
 Mark = float | torch.Event

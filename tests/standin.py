@@ -130,6 +130,7 @@ class Device(TorchDispatchMode):
         Device.current = self
         self.operations = 0
         self.waits = None  # of (kind, place)
+        self.moved = 0  # numbers copied to the device
         self.behind = []  # of each event that was waited for: operations given behind it
         self._pinned = {}  # storages, kept so that none is another's
         self._under_way = []  # copies to the host: when they were asked for, where to, of what
@@ -203,6 +204,7 @@ class Device(TorchDispatchMode):
         blocks = not (kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2]))
         if isinstance(source, OnDevice) == onto:
             return "stays"
+        self.moved += source.numel() if onto else 0
         if onto and (blocks or source.untyped_storage()._cdata not in self._pinned):
             self.wait("to device")
         if not onto and blocks:

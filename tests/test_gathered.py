@@ -1,5 +1,6 @@
 """With accumulation, what a step keeps is gathered in as few micro-batches as hold it; the others are left out."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForTokenClassification, Trainer, TrainerCallback
 
-from hf_importance import ImportanceTrainer, Pool, Sampler, resample
+from hf_importance import ImportanceTrainer, Pool, Sampler, Visits, resample
 from hf_importance.batches.entries import batch_size_of
+from hf_importance.batches.visits import Order
 from hf_importance.theory.costs import plan
 from hf_importance.theory.variance import WithReplacement
 
@@ -30,12 +32,35 @@ class Quarter(Sampler):
         return resample(pool.scores, pool.kept, "systematic", pool.generator)
 
 
+class Named(Sampler):
+    """Names a quarter of each batch, for two optimizer steps at a time."""
+
+    remembers = True
+    share = 1 / 4
+
+    def visits(self):
+        run = self.run
+        micro = min(2 * run.accumulation, run.micro_batches_left)
+        size = run.batch_size * self.share
+        generator = run.generator(run.draws(), 4)
+        index = torch.randperm(run.examples, generator=generator)[: math.floor(micro * size) * run.ranks]
+        weights = 0.5 + torch.rand(len(index), generator=generator)
+        return Visits(index, weights / weights.mean(), micro, batch_size=size)
+
+
+class TooMany(Named):
+    def visits(self):
+        found = super().visits()
+        return replace(found, micro_batches=self.run.micro_batches_left + 1)
+
+
 class OneByOne(ImportanceTrainer):
     """Trains on every micro-batch."""
 
     def _begin_run(self):
         super()._begin_run()
         run = self._run
+        run.feed.gathered = 1
         run.facts = run.pools.facts = self.sampler.run = replace(run.facts, gathered=1)
 
 
@@ -52,7 +77,7 @@ class Substeps(TrainerCallback):
         self.count += 1
 
 
-def trained(kind, model, data, tmp_path, **settings):
+def trained(kind, model, data, tmp_path, sampler=Quarter, **settings):
     """Train, and give the trainer, with the sizes of the batches that were trained on in each optimizer step."""
     steps = [[]]
 
@@ -67,7 +92,7 @@ def trained(kind, model, data, tmp_path, **settings):
             steps.append([])
 
     args = toys.arguments(tmp_path, gradient_accumulation_steps=ACCUMULATION, **{"max_steps": 6, **settings})
-    more = {} if kind is Trainer else {"sampler": Quarter()}
+    more = {} if kind is Trainer else {"sampler": sampler()}
     trainer = kind(model=model, args=args, train_dataset=data, callbacks=[Ends(), Substeps()], **more)
     trainer.train()
     return trainer, steps[:-1]
@@ -107,15 +132,16 @@ def test_kept_examples_are_gathered_and_the_other_micro_batches_cost_no_pass(tmp
     assert counts[0] == counts[1] == 6 * (ACCUMULATION - 1)
 
 
+@pytest.mark.parametrize("sampler", [Quarter, Named])
 @pytest.mark.parametrize("task", ["images", "texts", "tokens"])
-def test_gathered_it_is_the_same_step(tmp_path, digits, task):
+def test_gathered_it_is_the_same_step(tmp_path, digits, task, sampler):
     # One by one each batch holds a quarter of what is kept; gathered, one holds all.
     make, data = {
         "images": (toys.vit, digits.select(range(256))),
         "texts": (toys.bert, toys.sentences()),
         "tokens": (tagger, tagged()),
     }[task]
-    settings = {"max_steps": 4, "logging_steps": 1, "optim": "sgd"}
+    settings = {"max_steps": 4, "logging_steps": 1, "optim": "sgd", "sampler": sampler}
     together, steps = trained(ImportanceTrainer, make(), data, tmp_path, **settings)
     apart, single = trained(OneByOne, make(), data, tmp_path, **settings)
     assert [len(step) for step in steps[1:]] == [1] * 3 and [len(step) for step in single[1:]] == [ACCUMULATION] * 3
@@ -125,8 +151,9 @@ def test_gathered_it_is_the_same_step(tmp_path, digits, task):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_training_step_of_ones_own_meets_every_micro_batch(tmp_path, digits):
-    trainer, steps = trained(OwnStep, toys.vit(), digits.select(range(256)), tmp_path)
+@pytest.mark.parametrize("sampler", [Quarter, Named])
+def test_a_training_step_of_ones_own_meets_every_micro_batch(tmp_path, digits, sampler):
+    trainer, steps = trained(OwnStep, toys.vit(), digits.select(range(256)), tmp_path, sampler)
     assert trainer._run.facts.gathered == 1 and all(len(step) == ACCUMULATION for step in steps)
 
 
@@ -138,6 +165,56 @@ def test_the_last_step_of_an_epoch_is_gathered_too(tmp_path, digits):
     )
     assert trainer.state.global_step == 6
     assert steps[1:] == [[16], [6], [16], [16], [6]]  # a quarter of 16 + 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_visits_that_are_gathered_resume_exactly(tmp_path, workers):
+    runs = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-4")):
+        settings = {"gradient_accumulation_steps": ACCUMULATION, "dataloader_num_workers": workers}
+        args = toys.arguments(tmp_path / name, max_steps=7, save_strategy="steps", save_steps=1, **settings)
+        trainer = ImportanceTrainer(
+            model=toys.bert(0.1), args=args, train_dataset=toys.sentences(328), sampler=Named()
+        )
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        runs.append(trainer)
+    state = json.loads((tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").read_text())
+    feed = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]["feed"]
+    assert feed["visits"] is not None and feed["visited"] == ACCUMULATION  # in the middle of them
+    assert torch.equal(parameters(runs[0]), parameters(runs[1]))
+
+
+def test_visits_end_with_the_epoch(tmp_path, digits):
+    with pytest.raises(ValueError, match="TooMany names visits for 5 micro-batches, and the epoch has 4 left"):
+        trained(ImportanceTrainer, toys.vit(), digits.select(range(128)), tmp_path, TooMany)
+
+
+@given(
+    batch_size=st.floats(1, 70),
+    length=st.integers(1, 13),
+    together=st.integers(1, 5),
+    whole=st.integers(1, 64),
+    ranks=st.integers(1, 3),
+)
+def test_each_step_of_an_order_keeps_its_examples_however_they_are_gathered(
+    batch_size, length, together, whole, ranks
+):
+    nothing = torch.empty(0)
+    apart = Order(nothing, nothing, batch_size, length, 0)
+    gathered = replace(apart, together=together, whole=whole)
+    for first in range(0, length, together):
+        micro, rows = range(first, min(first + together, length)), {}
+        for order in (apart, gathered):
+            for rank in range(ranks):
+                of_each = [range(10_000)[order.rows(one, rank, ranks)] for one in micro]
+                rows[order, rank] = [row for part in of_each for row in part]
+                assert [len(part) == 0 for part in of_each] == [order.left_out(one) for one in micro]
+                assert len({len(range(10_000)[order.rows(micro[-1], r, ranks)]) for r in range(ranks)}) == 1
+        assert all(rows[apart, rank] == rows[gathered, rank] for rank in range(ranks))
+        sizes = [len(range(10_000)[gathered.rows(one, 0, ranks)]) for one in micro]
+        filled = min(-(-sum(sizes) // whole), len(micro)) if together > 1 else len(micro)
+        assert not any(sizes[: len(micro) - filled]) and all(sizes[len(micro) - filled :])
+        assert filled == len(micro) or max(sizes) <= min(whole, min(s for s in sizes if s) + 1)
 
 
 def test_a_micro_batch_that_is_left_out_has_no_rows(tmp_path, digits):

@@ -26,14 +26,14 @@ def test_the_launch_made_one_world_of_two(two):
     assert all(rank["active"] for ranks in two.values() for rank in ranks)
 
 
-@pytest.mark.parametrize("case", ["whole", "shrunk"])
+@pytest.mark.parametrize("case", ["whole", "shrunk", "gathered"])
 def test_every_rank_holds_the_same_table_and_decides_the_same(two, case):
     first, second = two[case]
     for name in (*COLUMNS, "gain", "passes", "parameters"):
         assert first[name] == second[name], name
 
 
-@pytest.mark.parametrize("case", ["whole", "shrunk"])
+@pytest.mark.parametrize("case", ["whole", "shrunk", "gathered"])
 def test_each_rank_draws_its_own_share_of_a_pass(two, case):
     for first, second in zip(*(rank["trained"] for rank in two[case]), strict=True):
         assert len(first) == len(second)
@@ -52,6 +52,11 @@ def test_two_ranks_train_as_one_process_does(one, two):
     for ours, theirs in zip(alone["log"], together[0]["log"], strict=True):
         for key in ("loss", "importance/tau", "importance/gain", "importance/examples_trained"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_ranks_gather_alike_and_meet_in_the_last_micro_batch_of_each_step(two):
+    first, second = ([len(index) == 0 for index in run["trained"]] for run in two["gathered"])
+    assert first == second and any(first) and not any(first[3::4])
 
 
 def test_two_ranks_resume_to_the_last_bit(two):

@@ -24,6 +24,7 @@ from hf_importance.run.clock import Clock
 from hf_importance.run.pools import Pools
 from hf_importance.run.step import Step
 from hf_importance.theory import sampling
+from hf_importance.transfer import Preparation
 
 # Examples in the own batch and in the reserve of each rank: equal ones, and the short last batch of an uneven epoch.
 SIZES = {"equal ranks": [(2, 1), (2, 1)], "a short batch on one rank": [(2, 2), (1, 2)]}
@@ -103,9 +104,8 @@ class Rank:
             sampler,
             scorer,
             *ours,
-            prepare=lambda batch: batch,
+            prepare=Preparation(lambda batch: batch, False, 0, torch.device("cpu")),
             precision=Precision(scorer, self.ranks, torch.device("cpu"), None),
-            prepares=False,
             waits_in_passes=False,
         )
 

@@ -62,6 +62,14 @@ def test_on_adds_one(counted, way, accumulation):
     assert per_step(found, timed=True) == {**per_step(counted[f"plain, {accumulation}"]), "event": 1}
 
 
+def test_each_number_of_a_pool_is_copied_to_the_device_once(counted):
+    # An example has 6 tokens, a mask of 6 and a label, and a pool 3 batches; weights and rows are a few more.
+    plain, on, prepared = (counted[f"{way}, 1"]["moved"] / STEPS for way in ("plain", "on", "on, inputs of its own"))
+    assert plain == pytest.approx(16 * 13, abs=4)
+    assert 3 * plain <= on <= 3 * plain + 4 * 16
+    assert prepared == on  # the user's code is done twice to what is kept, on the device
+
+
 @pytest.mark.parametrize("way", ["off", "on", "history"])
 def test_what_is_read_has_come(counted, tmp_path, way):
     # What is read too early is NaN on the stand-in, and what lies on the wrong device is refused.

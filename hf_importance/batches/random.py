@@ -16,15 +16,22 @@ def key_to_seed(*key: int) -> int:
 
 
 @contextlib.contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators inside the block, and put them back as they were behind it."""
+def isolated_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators inside the block, and put them back as they were behind it.
+
+    Args:
+        seed: For them.
+        device: An accelerator, whose generator is put back too; it is not seeded.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # Not torch.manual_seed, which would seed every accelerator too.
     torch.default_generator.manual_seed(seed)
+    kind, place = ("cpu", 0) if device is None else (device.type, device.index or 0)
     try:
-        yield
+        with torch.random.fork_rng([place], enabled=kind != "cpu", device_type=kind):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

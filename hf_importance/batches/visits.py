@@ -25,6 +25,9 @@ class Order:
         batch_size: Examples of a micro-batch on each rank, on average; at least 1. Sizes differ by one at most.
         length: Micro-batches.
         number: Orders before this one.
+        together: Micro-batches of an optimizer step, whose examples are gathered into the last of them, as few as hold
+            them; 1: each has its own.
+        whole: Examples that a micro-batch holds.
     """
 
     index: Tensor
@@ -32,11 +35,33 @@ class Order:
     batch_size: float
     length: int
     number: int
+    together: int = 1
+    whole: int = 1
 
     def rows(self, micro: int, rank: int, ranks: int) -> slice:
-        """Give where a rank's examples of one micro-batch are."""
-        start, end = (math.floor(m * self.batch_size) * ranks for m in (micro, micro + 1))
-        return slice(start + rank, end, ranks)
+        """Give where a rank's examples of one micro-batch are: on all ranks as many."""
+        start, end = self._bounds(micro)
+        return slice(start * ranks + rank, end * ranks, ranks)
+
+    def left_out(self, micro: int) -> bool:
+        """Whether a micro-batch holds none, for others of its step do."""
+        start, end = self._bounds(micro)
+        return start == end
+
+    def _bounds(self, micro: int) -> tuple[int, int]:
+        first = micro - micro % self.together
+        until = min(first + self.together, self.length)
+        begin, end = self._before(first), self._before(until)
+        filled = -(-(end - begin) // self.whole)
+        if self.together == 1 or filled >= until - first:
+            return self._before(micro), self._before(micro + 1)
+        place = micro - (until - filled)
+        parts = (begin + (end - begin) * max(p, 0) // filled for p in (place, place + 1))
+        return next(parts), next(parts)
+
+    def _before(self, micro: int) -> int:
+        """Give a rank's examples before a micro-batch that has its own."""
+        return math.floor(micro * self.batch_size)
 
 
 class OrderedBatches(Dataset):
@@ -72,7 +97,7 @@ class OrderedBatches(Dataset):
 def visit_batches(
     like: DataLoader, order: Order, start: int, seed: int, rank: int, ranks: int
 ) -> Iterator[dict[str, Any]]:
-    """Give the micro-batches of an order from ``start`` on, loaded as the Trainer's own loader does.
+    """Give the micro-batches of an order from ``start`` on, but those left out, loaded as the Trainer's loader does.
 
     Args:
         like: The Trainer's loader.
@@ -83,4 +108,4 @@ def visit_batches(
         ranks: Number of processes.
     """
     dataset = OrderedBatches(like.dataset, like.collate_fn, order, seed, rank, ranks)
-    return iter(loader_like(like, dataset, range(start, order.length)))
+    return iter(loader_like(like, dataset, [m for m in range(start, order.length) if not order.left_out(m)]))

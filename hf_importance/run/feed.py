@@ -57,12 +57,16 @@ class FeedState:
 
 @dataclass
 class Handed:
-    """What visits gave one step, of each micro-batch: the batch, its examples, their weights, what each represents."""
+    """What visits gave one step, of each micro-batch: the batch, its examples, their weights, what each represents.
+
+    Before these ``left_out`` micro-batches hold nothing.
+    """
 
     batches: list[Any]
     index: Tensor
     weights: list[Tensor]
     represents: Tensor
+    left_out: int
 
 
 class Feed:
@@ -83,6 +87,7 @@ class Feed:
     Attributes:
         state: Where reading stood before the step in progress.
         place: Optimizer steps of this epoch before this one.
+        gathered: As in ``Facts``.
     """
 
     def __init__(
@@ -101,7 +106,7 @@ class Feed:
         self.loader, self.padding, self.population = loader, padding, population
         self.streaming = isinstance(loader.dataset, IterableDataset)
         self.state = FeedState()
-        self.place = 0
+        self.place, self.gathered, self._visited = 0, 1, 0
         self._ranks, self._seed, self._batch_size = ranks, seed, batch_size
         self._accumulation, self._updates, self._skipped = accumulation, updates, skipped
         self._scoring_batch_size = scoring_batch_size or batch_size
@@ -111,7 +116,6 @@ class Feed:
         self._reserve: Reserve | None = None
         self._order: Order | None = None
         self._represents: Tensor | None = None  # where it is not the weights
-        self._visited = 0
         self._visits: Iterator[Any] | None = None
 
     # ---- The Trainer's own batches ----
@@ -162,13 +166,17 @@ class Feed:
             size = len(visits.index) / (visits.micro_batches * self._ranks.size)
             if math.floor(visits.micro_batches * size) < len(visits.index) // self._ranks.size:
                 size = math.nextafter(size, math.inf)  # rounding would lose the last example
-        order = Order(visits.index.int(), visits.weights.float(), size, visits.micro_batches, self.state.draws)
-        represents = None if visits.represents is None else visits.represents.float()
-        self._begin(order, represents, OrderState(size, order.length, order.number, visits.uniform, visits.kept))
+        named = {"index": visits.index.int(), "weights": visits.weights.float()}
+        if visits.represents is not None:
+            named["represents"] = visits.represents.float()
+        self._begin(named, OrderState(size, visits.micro_batches, self.state.draws, visits.uniform, visits.kept))
         self.state = replace(self.state, draws=self.state.draws + 1)
 
-    def _begin(self, order: Order, represents: Tensor | None, state: OrderState, visited: int = 0) -> None:
-        self._order, self._represents, self._visited = order, represents, visited
+    def _begin(self, named: dict[str, Tensor], state: OrderState, visited: int = 0) -> None:
+        together = self.gathered if state.kept is None else 1  # what is scored is gathered behind it
+        how = state.batch_size, state.length, state.number, together, self._batch_size
+        self._order = Order(named["index"], named["weights"], *how)
+        self._represents, self._visited = named.get("represents"), visited
         self.state = replace(self.state, visits=state, visited=visited)
 
     def end_visits(self) -> None:
@@ -188,16 +196,18 @@ class Feed:
         assert order is not None
         if self._visits is None:
             self._visits = visit_batches(self.loader, order, self._visited, self._seed, rank, ranks)
-        count = min(count, order.length - self._visited)
-        batches = [next(self._visits) for _ in range(count)]
-        rows = [order.rows(self._visited + micro, rank, ranks) for micro in range(count)]
+        begun, until = self._visited, min(self._visited + count, order.length)
+        micro = [one for one in range(begun, until) if not order.left_out(one)]
+        batches = [next(self._visits) for _ in micro]
+        rows = [order.rows(one, rank, ranks) for one in micro]
         represents = order.weights if self._represents is None else self._represents
-        self._visited += count
+        self._visited = until
         return Handed(
             batches,
             torch.cat([order.index[part] for part in rows]).long(),
             [order.weights[part] for part in rows],
             torch.cat([represents[part] for part in rows]),
+            until - begun - len(micro),
         )
 
     # ---- Pools ----
@@ -270,18 +280,12 @@ class Feed:
         )
         if "index" not in tensors or "weights" not in tensors:
             raise damaged
-        visits, index, weights, represents = (
-            state.visits,
-            tensors["index"],
-            tensors["weights"],
-            tensors.get("represents"),
-        )
-        given = [weights] if represents is None else [weights, represents]
+        visits, index = state.visits, tensors["index"]
+        given = [tensors[name] for name in ("weights", "represents") if name in tensors]
         cut = len(index) < math.floor(visits.length * visits.batch_size) * self._ranks.size
         if cut or state.visited > visits.length or not _sound(index, given, len(self.loader.dataset)):
             raise damaged
-        order = Order(index, weights, visits.batch_size, visits.length, visits.number)
-        self._begin(order, represents, visits, state.visited)
+        self._begin(tensors, visits, state.visited)
 
     def close(self) -> None:
         """End the workers of our own. Left to the garbage collector, they would be waited for, 5 s each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from hf_importance.run.feed import Feed, Handed
 from hf_importance.run.step import Step
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
-from hf_importance.transfer import Fetched, to_device
+from hf_importance.transfer import Fetched, Preparation, to_device
 
 # Share of the mean that every score of the user's own is raised by.
 FLOOR = 0.01
@@ -71,9 +71,8 @@ class Pools:
         clock: Times it.
         facts: What the sampler knows.
         report: Counts it.
-        prepare: Moves a batch to the device, as the Trainer does.
+        prepare: Makes a batch what the model takes.
         precision: In which it scores.
-        prepares: Whether the user's code does more in it, so that what is trained on must not pass it twice.
         waits_in_passes: Whether the model is sharded over ranks, which wait for each other in each forward pass.
     """
 
@@ -85,9 +84,8 @@ class Pools:
     clock: Clock
     facts: Facts
     report: Report
-    prepare: Callable[[Any], Any]
+    prepare: Preparation
     precision: Precision
-    prepares: bool
     waits_in_passes: bool
 
     def score_and_keep(self, step: Step, planned: Pool, batches: list, iterator: Iterator) -> tuple[list, Tensor]:
@@ -107,15 +105,14 @@ class Pools:
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
             split = [without_index(part) for part in [*batches, *self.feed.in_passes(rest)]]
-            raw = PooledBatches([to_device(part, self.clock.device) for part, _ in split], self.feed.padding)
-            pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
+            pool, raw = self._pooled([part for part, _ in split])
             if self.objective.weights.known:
                 self._weigh(step, pool, raw)
             indices = [index for _, index in split if index is not None]
             index = torch.cat(indices) if indices else None
             of_each = planned.kept * count / (filled * self.facts.batch_size)
             with self.clock.scoring(step.number, len(pool), batch_size_of(batches[0]), of_each):
-                return self._keep(step, planned, pool, raw if self.prepares else pool, index, count, own, filled)
+                return self._keep(step, planned, pool, raw, index, count, own, filled)
 
     def score_visits(self, step: Step, planned: Pool, handed: Handed, items: float) -> tuple[list, Tensor]:
         """Score what visits name, and keep a part, as :meth:`score_and_keep`; ``items`` are a uniform example's."""
@@ -125,10 +122,17 @@ class Pools:
             step.place = self.feed.where()
             if self._in_the_way(step):
                 return [], torch.tensor(0)
-            raw = PooledBatches([to_device(part, self.clock.device) for part in parts], self.feed.padding)
-            pool = PooledBatches([self.prepare(part) for part in raw.batches], self.feed.padding)
             of = (handed.index, count, count * self.facts.batch_size, self._filled(planned, count), items)
-            return self._keep(step, planned, pool, raw if self.prepares else pool, *of)
+            return self._keep(step, planned, *self._pooled(parts), *of)
+
+    def _pooled(self, parts: list) -> tuple[PooledBatches, PooledBatches]:
+        """Give batches as they are scored, and as the Trainer is to prepare what is kept of them."""
+        raw = PooledBatches([to_device(part, self.clock.device) for part in parts], self.feed.padding)
+        pool = PooledBatches([self._prepared(*one) for one in enumerate(raw.batches)], self.feed.padding)
+        return pool, raw if self.prepare.overridden else pool
+
+    def _prepared(self, place: int, batch: Any) -> Any:
+        return self.prepare(batch, self.ranks.rank, self.facts.step(), place)
 
     def _filled(self, planned: Pool, count: int) -> int:
         """Give of how many micro-batches those are that are trained on; on all ranks, which wait for each other."""
@@ -200,7 +204,7 @@ class Pools:
         order = rows.argsort(stable=True) if lengths is None else lengths[rows].argsort(stable=True)
         for part in order.split(split_like(sizes, len(rows)) if finite else given_back.sizes[:count]):
             # A user's _prepare_inputs may have made other columns.
-            width = None if self.prepares or lengths is None else int(lengths[rows[part]].max())
+            width = None if self.prepare.overridden or lengths is None else int(lengths[rows[part]].max())
             batch, given = stand_for(given_back, rows[part], weights[part], scale, width)
             drawn.append(batch)
             there = rows[part].sort().values  # as the batch is
@@ -261,15 +265,9 @@ class Pools:
         return on_host, counts, torch.cat(ends).long() if ends else None
 
     def probe(self, batch: Any) -> int:
-        """Score a batch for its time alone; a model that draws random numbers when it scores leaves no trace.
-
-        Returns:
-            The number of its examples.
-        """
-        inputs = self.prepare(without_index(batch)[0])
-        device = self.clock.device
-        others = [] if device.type == "cpu" else [device.index or 0]
-        with isolated_rng(0), torch.random.fork_rng(others, device_type=device.type, enabled=bool(others)):
+        """Score a batch for its time alone, and give its size; a model that draws random numbers leaves no trace."""
+        inputs = self._prepared(0, without_index(batch)[0])
+        with isolated_rng(0, self.clock.device):
             self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)
         return batch_size_of(inputs)
 
@@ -286,12 +284,12 @@ class Pools:
         seed = key_to_seed(self.facts.seed, self.facts.step(), 7)
         rows = []
         with self.report.scoring():
-            for batch in visit_batches(self.feed.loader, order, 0, seed, rank, ranks):
+            for place, batch in enumerate(visit_batches(self.feed.loader, order, 0, seed, rank, ranks)):
                 if self.objective.weights.known and self.objective.head is not None:
                     batch = self.objective.weights.of_visits(self.objective.head, batch, self.facts.batch_size)
                 inputs, index = without_index(batch)
                 assert index is not None
-                inputs = self.prepare(to_device(inputs, self.clock.device))
+                inputs = self._prepared(place, to_device(inputs, self.clock.device))
                 found = self.scorer(PooledBatches([inputs], self.feed.padding), self.scorer.batch_size)
                 rows.append(torch.stack([index.double(), found.double().cpu()], 1))
             index, found = self.ranks.gather(torch.cat(rows)).T.contiguous()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.batches.entries import INDEX, WEIGHTS, batch_size_of, index_of, without_index
+from hf_importance.batches.pool import merge_rows
 from hf_importance.checks import wrong_with_batch
 from hf_importance.objective.loss import Objective
 from hf_importance.ranks import Ranks
@@ -213,6 +214,11 @@ class Run:
             left, examples = self.facts.micro_batches_left, self.facts.examples
             assert examples is not None
             visits = self.feed.uniform_visits(examples, left, self.facts.generator(self.feed.state.draws, 9))
+        if visits is not None and visits.micro_batches > self.facts.micro_batches_left:
+            raise ValueError(
+                f"{type(self.sampler).__name__} names visits for {visits.micro_batches} micro-batches, and the epoch "
+                f"has {self.facts.micro_batches_left} left: give as many at most, so that epochs stay the Trainer's."
+            )
         self.feed.visit(visits)
         self.ledger.count_switch(before)
 
@@ -226,11 +232,11 @@ class Run:
             return self._visit_pools(handed, Pool(math.ceil(visits.batch_size), visits.kept, varies=True))
         sizes = [len(weights) for weights in handed.weights]
         step = self.ledger.begin(Step(self.facts.step(), "visits", drawn=not self.feed.visiting_uniformly))
-        step.place = self.feed.where()
+        step.place, step.left_out = self.feed.where(), handed.left_out
         step.given, step.represents = torch.cat(handed.weights).double(), handed.represents.double()
         examples = sum(sizes)
         distinct = sum(len(index.unique()) for index in handed.index.split(sizes))
-        saved = len(sizes) * self.facts.batch_size - examples
+        saved = (handed.left_out + len(sizes)) * self.facts.batch_size - examples
         step.counts = Totals(examples_trained=examples, examples_distinct=distinct, examples_saved=saved)
         for weights in handed.weights:
             self.report.weights(weights)
@@ -238,7 +244,8 @@ class Run:
         items = examples * self.ranks.averaged * self.state.items / self.state.examples
         self.objective.step_items = items
         device = self.clock.device
-        batches, count = self._handed((handed.batches, torch.full((), items, device=device)))
+        nothing = [merge_rows(handed.batches[:1], [slice(0, 0)], self.feed.padding)] * handed.left_out
+        batches, count = self._handed(([*nothing, *handed.batches], torch.full((), items, device=device)))
         return [to_device(batch, device) for batch in batches], count  # as the Trainer's loader does
 
     def _visit_pools(self, handed: Handed, planned: Pool) -> tuple[list, Tensor] | None:

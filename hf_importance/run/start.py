@@ -40,6 +40,7 @@ from hf_importance.run.step import OFF, Watch
 from hf_importance.run.table import Table
 from hf_importance.samplers.sampler import Facts, Sampler
 from hf_importance.training_args import ImportanceArguments
+from hf_importance.transfer import Preparation
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +146,12 @@ def start(
     # to fit into memory by their lengths, each is trained on.
     rebalanced = getattr(args, "train_sampling_strategy", "") == "batch_rebalance"
     apart = "training_step" in own_code[0] or trainer.is_deepspeed_enabled or rebalanced
+    feed.gathered = 1 if apart else accumulation
     facts = Facts(
         examples=None if streaming else len(loader.dataset),
         batch_size=batch_size,
         accumulation=accumulation,
-        gathered=1 if apart else accumulation,
+        gathered=feed.gathered,
         micro_batches=micro_batches,
         updates=updates,
         fewest=objective.fewest,
@@ -188,9 +190,10 @@ def start(
         clock,
         facts,
         report,
-        prepare=lambda batch: alive(this)._prepare_inputs(batch),
+        prepare=Preparation(
+            lambda batch: alive(this)._prepare_inputs(batch), "_prepare_inputs" in hooks, seed, args.device
+        ),
         precision=Precision(scorer, ranks, args.device, cheaper),
-        prepares="_prepare_inputs" in hooks,
         waits_in_passes=ranks.size > 1 and sharded,
     )
     watch = Watch(objective, scorer, clock, said, can_go_around(trainer, own_code[0]))

@@ -84,9 +84,12 @@ def main():
     whole.train()
     shrunk = build(folder / "shrunk", ranks, importance_budget="constant_variance")
     shrunk.train()
+    smaller = {"importance_budget": "constant_variance", "gradient_accumulation_steps": 4, "max_steps": 6 * 4}
+    gathered = build(folder / "gathered", ranks, logging_steps=1, **smaller)
+    gathered.train()
     resumed = build(folder / "again", ranks, save_strategy="steps", save_steps=64)
     resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-64"))
-    for name, trainer in {"whole": whole, "shrunk": shrunk, "resumed": resumed}.items():
+    for name, trainer in {"whole": whole, "shrunk": shrunk, "gathered": gathered, "resumed": resumed}.items():
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen(trainer, rank)))
     toys.leave_processes()
 

@@ -24,14 +24,20 @@ class Counts(TrainerCallback):
         device = self.device
         if state.global_step == FIRST:
             device.waits, device.behind = collections.Counter(), []
-            self.begun = device.operations
+            self.begun = device.operations, device.moved
         if state.global_step == LAST:
             self.waits, device.waits = device.waits, None
-            self.operations = device.operations - self.begun
+            self.operations, self.moved = device.operations - self.begun[0], device.moved - self.begun[1]
 
 
 def uneven(outputs, labels):
     return 1.0 + 9.0 * (labels == 0).float()
+
+
+class OwnInputs(ImportanceTrainer):
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "input_ids": inputs["input_ids"] + 0}
 
 
 def weighted(outputs, labels, num_items_in_batch=None):
@@ -39,6 +45,7 @@ def weighted(outputs, labels, num_items_in_batch=None):
 
 
 CASES = [("plain", 1), ("plain", 2), ("off", 1), ("off", 2), ("on", 1), ("on", 2), ("on, cheapest pool", 2)]
+CASES += [("on, inputs of its own", 1)]
 CASES += [("history", 1), ("history", 2), ("auto", 1), ("class weights", 1), ("class weights, history", 1)]
 ON = {"importance_method": "presample", "presample_ratio": 3.0, "tau_threshold": 1 + 1e-9, "momentum": 0.0}
 WAYS = {
@@ -46,6 +53,7 @@ WAYS = {
     "off": {**ON, "tau_threshold": 3.9},
     "on": ON,
     "on, cheapest pool": {**ON, "presample_ratio": "auto", "kappa": 0.05},
+    "on, inputs of its own": ON,
     "history": {"importance_method": "history"},
     "auto": {"importance_method": "auto", "kappa": 0.9},
     "class weights": ON,
@@ -58,7 +66,8 @@ def trained(folder, way, accumulation, callbacks, **settings):
     ours = way != "plain"
     common = {"max_steps": LAST + 2, "optim": "adamw_torch", "gradient_accumulation_steps": accumulation}
     args = toys.arguments(folder, **common, logging_steps=1000, **settings, **WAYS[way])
-    trainer = (ImportanceTrainer if ours else Trainer)(
+    kind = OwnInputs if way == "on, inputs of its own" else ImportanceTrainer
+    trainer = (kind if ours else Trainer)(
         model=toys.bert(),
         args=args,
         train_dataset=toys.sentences(EXAMPLES),
@@ -97,6 +106,7 @@ def main(folder, names):
                     "waits": [[*which, number] for which, number in counts.waits.items()],
                     "behind": device.behind,
                     "operations": counts.operations,
+                    "moved": counts.moved,
                     **result(trainer),
                 }
     Path(folder, "waits.json").write_text(json.dumps(found))
