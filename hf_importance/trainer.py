@@ -135,7 +135,7 @@ class ImportanceMixin(Trainer):
                 return super().training_step(model, inputs, *args, **kwargs)
             if self._run.watch.leaves_out():
                 return torch.zeros((), device=self.args.device)
-            around = partial(self._compute_loss, type(self).compute_loss.__get__(self))
+            around = partial(self._importance_loss, type(self).compute_loss.__get__(self))
             with self._run.watch.training_on(inputs, vars(self), around):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._run.watch.returned(loss)
@@ -145,9 +145,9 @@ class ImportanceMixin(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss as ``Trainer`` does, weighted; in training the outputs are scored, too."""
-        return self._compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        return self._importance_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
-    def _compute_loss(
+    def _importance_loss(
         self, compute: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         objective, run = self._objective, self._run

@@ -33,7 +33,8 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def _has_events(device: torch.device) -> bool:
     """Whether a device is one that torch itself can ask how far it is; XLA is none."""
-    return device.type == getattr(torch.accelerator.current_accelerator(), "type", None)
+    # torch 2.6 raises where there is none.
+    return torch.accelerator.is_available() and device.type == torch.accelerator.current_accelerator().type
 
 
 @dataclass

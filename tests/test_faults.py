@@ -196,7 +196,9 @@ def test_an_overflow_in_half_precision_trains_as_the_plain_trainer_and_is_counte
 
     def train(kind, folder):
         model = toys.bert().half()
-        args = (toys.always_on if on else toys.arguments)(folder, logging_steps=1, max_steps=5, learning_rate=0.0)
+        # SGD: below torch 2.8 the Trainer's Adam is not the fused one, and divides 0 by 0 in half precision.
+        settings = {"logging_steps": 1, "max_steps": 5, "learning_rate": 0.0, "optim": "sgd"}
+        args = (toys.always_on if on else toys.arguments)(folder, **settings)
         trainer = kind(model=model, args=args, train_dataset=data)
 
         def overflow():  # half precision ends at 65,504: one class or the other passes it, whatever the features are

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import toys
+from datasets import Value
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
@@ -59,7 +60,7 @@ def data_for(name, digits, ragged):
     examples = 7 if ragged else 24
     data = digits.select(range(24)) if name == "over the step" else toys.sentences(24)
     if name == "regression":
-        data = data.with_format(None).map(lambda e: {"labels": float(e["labels"])}).with_format("torch")
+        data = data.cast_column("labels", Value("float32"))
     return data.select(range(examples))
 
 

@@ -1,4 +1,4 @@
-"""The mixin around other trainers: Seq2SeqTrainer, models with PEFT adapters, and TRL's SFTTrainer."""
+"""The mixin around other trainers: Seq2SeqTrainer, models with PEFT adapters, and TRL's trainers."""
 
 import json
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    Trainer,
     set_seed,
 )
 
@@ -393,29 +394,81 @@ class TestSFT:
             assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-class TestReward:
+def reward(completions, **_):
+    return [float(len(text) % 7) for text in completions]
+
+
+def prompts():
+    return [text.split()[0] + " " for text, _ in features.texts()]
+
+
+def texts(shift=0):
+    found = [text for text, _ in features.texts()]
+    return found[shift:] + found[:shift]
+
+
+def liked():
+    return [i % 2 == 0 for i in range(len(texts()))]
+
+
+def scorer():
+    return features.small(LlamaForSequenceClassification, features.LlamaConfig, num_labels=1)
+
+
+def with_reference():
+    return {"model": features.llama(), "ref_model": features.llama()}
+
+
+def rewarded():
+    return {"model": features.llama(), "reward_funcs": reward}
+
+
+PAIRS = {"chosen": texts, "rejected": lambda: texts(3)}
+GENERATES = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6}
+# Each: what it is made of, columns of its data, arguments, and why importance sampling is off.
+OTHERS = {
+    "Reward": (lambda: {"model": scorer()}, PAIRS, {}, "no 'labels'"),
+    "DPO": (with_reference, {"prompt": prompts, **PAIRS}, {"gradient_accumulation_steps": 2}, "no 'labels'"),
+    "KTO": (with_reference, {"prompt": prompts, "completion": texts, "label": liked}, {}, "in an order"),
+    "GRPO": (rewarded, {"prompt": prompts}, GENERATES, "RepeatSampler"),
+    "RLOO": (rewarded, {"prompt": prompts}, {**GENERATES, "beta": 0.0}, "RepeatSampler"),
+}
+
+
+class TestOthersOfTRL:
     pytestmark = OWN_WARNINGS
 
-    def test_a_loss_of_pairs_is_off(self, tmp_path, caplog):
+    @pytest.mark.parametrize("method", ["presample", "history"])
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_what_compares_or_generates_is_off(self, tmp_path, caplog, name, method):
         trl = pytest.importorskip("trl")
-        texts = [text for text, _ in features.texts()]
-        pairs = Dataset.from_dict({"chosen": texts, "rejected": texts[3:] + texts[:3]})
+        own, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+        build, columns, needs, expected = OTHERS[name]
+        data = Dataset.from_dict({column: values() for column, values in columns.items()})
         found = []
         for mixed in (True, False):
 
             @dataclass
-            class Arguments(*((ImportanceArguments,) if mixed else ()), trl.RewardConfig):
+            class Arguments(*((ImportanceArguments,) if mixed else ()), config):
                 pass
 
-            class Trained(*((ImportanceMixin,) if mixed else ()), trl.RewardTrainer):
+            class Trained(*((ImportanceMixin,) if mixed else ()), own):
                 pass
 
             settings = {"output_dir": str(tmp_path), "max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
-            settings |= {"bf16": False, "gradient_checkpointing": False, **QUIET, **(ON if mixed else {})}
-            model = features.small(LlamaForSequenceClassification, features.LlamaConfig, num_labels=1)
-            given = {"model": model, "args": Arguments(**settings), "processing_class": features.tokenizer()}
+            settings |= {"bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2, **QUIET, **needs}
+            settings |= {"importance_method": method} if mixed else {}
             set_seed(0)
-            found.append(Trained(train_dataset=pairs, **given))
+            given = {"args": Arguments(**settings), "train_dataset": data, "processing_class": features.tokenizer()}
+            found.append(Trained(**build(), **given))
             found[-1].train()
-        assert "no 'labels'" in toys.reason(caplog)
+        assert expected in toys.reason(caplog)
         toys.same_run(*found)
+
+    def test_no_private_name_is_theirs(self):
+        trl = pytest.importorskip("trl")
+        ours = vars(ImportanceMixin).keys() - dir(Trainer)
+        for name in dir(trl):
+            if name.endswith("Trainer"):
+                theirs = {entry for kind in getattr(trl, name).__mro__ for entry in vars(kind)}
+                assert not ours & theirs, name

@@ -176,7 +176,7 @@ def own(entry: dict) -> dict:
     return {
         name: value
         for name, value in entry.items()
-        if not name.startswith("importance/") and not name.endswith(("_runtime", "_per_second"))
+        if not name.startswith("importance/") and not name.endswith(("_runtime", "_per_second", "step_time"))
     }
 
 
