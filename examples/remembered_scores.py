@@ -40,7 +40,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting import palette
+from hf_importance.reporting.markdown import table
 from hf_importance.reporting.report import relative_compute
+from hf_importance.reporting.spread import mean_and_spread
 
 SIDES = {
     "plain": {"importance_sampling": False},
@@ -304,20 +306,16 @@ def report(file: Path, figure: Path) -> None:
             {k: v if k in ("task", "side") else float(v) for k, v in row.items()} for row in csv.DictReader(opened)
         ]
     columns = ("training loss", "test loss", "test error", "compute", "cpu seconds", "gain", "largest tau")
-    print("| task | side | seeds | " + " | ".join(columns) + " |")
-    print("|---|---|--:|" + "--:|" * len(columns))
+    lines = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     for task in tasks:
         for side in SIDES:
             found = [row for row in rows if row["task"] == task and row["side"] == side]
             if not found:
                 continue
-            cells = []
-            for name in columns:
-                values = [row[name] for row in found]
-                spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.3g}{spread}" if values and not np.isnan(values).any() else "")
-            print(f"| {task} | {side} | {len(found)} | " + " | ".join(cells) + " |")
+            cells = (mean_and_spread([row[name] for row in found]) for name in columns)
+            lines.append([task, side, len(found), *cells])
+    print(table(["task", "side", "seeds", *columns], lines, text=2))
     _draw(rows, tasks, figure)
 
 
