@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -335,18 +336,22 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
                     continue
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
             if _stayed_off(rows, task):
-                axes.annotate(" identical: stayed off", (1, place), va="center", ha="center", color="0.4", fontsize=8)
+                middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
+                axes.text(0.5, place, "identical: stayed off", color="0.4", fontsize=8, **middle)
         axes.axvline(1, color="0.8", linewidth=1, zorder=0)
         axes.set(xlabel=f"{name} / plain", yticks=range(len(tasks)), ylim=(-0.5, len(tasks) - 0.5))
         if name == "training loss":
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticklabels(tasks if axes is picture.axes[0] else [])
         axes.invert_yaxis()
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
     for side, color in COLORS.items():
         picture.axes[0].plot([], [], "o", color=color, label=LABELS[side])
+    picture.suptitle("Over the mean of plain training on the same task, a dot a seed", x=0.01, ha="left")
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     picture.savefig(file, dpi=150)
 

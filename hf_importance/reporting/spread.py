@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -15,19 +16,30 @@ def standard_error(values: Sequence[float]) -> float:
     >>> standard_error([1.0, 3.0])
     1.0
     """
-    return statistics.stdev(values) / len(values) ** 0.5
+    return deviation(values) / len(values) ** 0.5
 
 
-def mean_and_spread(values: Sequence[float], spread: Callable[[Sequence[float]], float] = statistics.stdev) -> str:
+def deviation(values: Sequence[float]) -> float:
+    """Give the standard deviation of two values or more; NaN where one is not finite, for which statistics raises.
+
+    >>> deviation([1.0, 3.0, float("nan")])
+    nan
+    """
+    return statistics.stdev(values) if math.isfinite(math.fsum(values)) else math.nan
+
+
+def mean_and_spread(values: Sequence[float], spread: Callable[[Sequence[float]], float] = deviation) -> str:
     """Give the mean, and by default the standard deviation of several; nothing of none.
 
     >>> mean_and_spread([0.5]), mean_and_spread([0.5, 0.7]), mean_and_spread([0.5, 0.7], standard_error)
     ('0.5', '0.6 ± 0.14', '0.6 ± 0.1')
+    >>> mean_and_spread([0.5, float("nan")])
+    'nan'
     """
     if not values:
         return ""
     mean = f"{statistics.fmean(values):.4g}"
-    return mean if len(values) == 1 else f"{mean} ± {spread(values):.2g}"
+    return mean if len(values) == 1 or mean == "nan" else f"{mean} ± {spread(values):.2g}"
 
 
 def interval(values: Sequence[float]) -> float | None:
