@@ -11,7 +11,7 @@ and τ of these runs::
     python examples/paper/pool_size.py                    # digits, b = 32, under 3 minutes
     python examples/paper/pool_size.py --full             # CIFAR-10, WRN-28-2, B of 384, 640, 1024 and 2048
 
-Measured (10 CPU seconds a run, seeds 0, 1, 2): training loss 0.0022 uniform, 0.0038 to 0.0052 for B of 2b to 5b, 0.0075
+Measured (10 CPU seconds a run, seeds 0 to 2): training loss 0.0022 uniform, 0.0038 to 0.0052 for B of 2b to 5b, 0.0075
 for 8b, 0.018 for 16b; the rule has 0.99 to 1.13, 1.08 and 1.45 for these. Table: docs/paper.md.
 """
 
