@@ -3,17 +3,18 @@
 from dataclasses import MISSING, fields
 
 from hf_importance import ImportanceArguments
+from hf_importance.reporting.markdown import table
 
 PLACE = "<!-- the arguments -->"
 
 
 def arguments() -> str:
     """Give the table of the arguments."""
-    lines = ["| argument | default | |", "|---|---|---|"]
+    rows = []
     for field in fields(ImportanceArguments):
         default = None if field.default is MISSING else field.default
-        lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help']} |")
-    return "\n".join(lines)
+        rows.append([f"`{field.name}`", f"`{default!r}`", field.metadata["help"]])
+    return table(["argument", "default", ""], rows, text=3)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

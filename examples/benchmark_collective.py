@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting.markdown import table
 from hf_importance.testing import leave_processes
 
 
@@ -184,19 +185,17 @@ def main() -> None:
         Path(settings.json).write_text(json.dumps({"processes": runs}, default=sorted))
     print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, batch {settings.batch_size} a process")
     print(f"median and range of {settings.repeats} runs of {settings.steps} steps\n")
-    print("| processes | | sums a step | numbers | step, ms | in the collective, ms | share of the step | alone, ms |")
-    print("|--:|---|--:|--:|--:|--:|--:|--:|")
+    head = ["processes", "", "sums a step", "numbers", "step, ms", "in the collective, ms", "share, %", "alone, ms"]
+    lines = []
     for world, found in runs.items():
         for phase in ("off", "on"):
             rows = [run[phase] for run in found]
             share = [row["collective"] / row["step"] for row in rows]
             calls = sorted(set.union(*(row["calls"] for row in rows)))
-            print(
-                f"| {world} | {phase} | {', '.join(map(str, calls))} | {rows[0]['numbers']} "
-                f"| {spread([row['step'] for row in rows], 1e3, 0)} "
-                f"| {spread([row['collective'] for row in rows], 1e3, 2)} "
-                f"| {spread(share, 100, 2)} % | {spread([row['alone'] for row in rows], 1e3, 2)} |"
-            )
+            took, within, alone = ([row[name] for row in rows] for name in ("step", "collective", "alone"))
+            cells = [spread(took, 1e3, 0), spread(within, 1e3, 2), spread(share, 100, 2), spread(alone, 1e3, 2)]
+            lines.append([world, phase, ", ".join(map(str, calls)), rows[0]["numbers"], *cells])
+    print(table(head, lines, text=2))
 
 
 if __name__ == "__main__":

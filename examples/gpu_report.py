@@ -10,8 +10,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe-Ito: told apart by colour-blind readers too.
-COLORS = {"off": "#0072B2", "3b to b": "#D55E00", "2b to b/2": "#009E73"}
+from hf_importance.reporting import markdown, palette
+from hf_importance.reporting.spread import mean_and_spread
+
+COLORS = {"off": palette.PLAIN, "3b to b": palette.OURS, "2b to b/2": palette.GREEN}
 Parts = dict[str, dict]
 
 
@@ -28,8 +30,8 @@ def whole(value: float | None) -> str:
 
 def grid(head: str, rows: Iterator[list[str]]) -> list[str]:
     """Write a table, of whose columns the first is text; nothing where there are no rows."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {head} |", "|---|" + "--:|" * head.count("|"), *lines, ""] if lines else []
+    lines = list(rows)
+    return [markdown.table(head.split(" | "), lines), ""] if lines else []
 
 
 def named(parts: Parts, measure: str) -> Iterator[tuple[str, dict]]:
@@ -95,11 +97,8 @@ def fine_tunings(parts: Parts) -> Iterator[list[str]]:
         tasks.setdefault(name.rpartition("-")[0], []).append(found)
     for task, seeds in tasks.items():
         for side in ("plain", "auto method"):
-            cells = []
-            for key in ("test error", "train loss", "compute", "seconds"):
-                values = [found[side][key] for found in seeds]
-                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.4g}{spread}")
+            keys = ("test error", "train loss", "compute", "seconds")
+            cells = (mean_and_spread([found[side][key] for found in seeds]) for key in keys)
             yield [f"{task}, {side}", str(len(seeds)), *cells]
 
 
@@ -142,7 +141,7 @@ def draw(parts: Parts, file: Path) -> None:
     left.axvline(1, color="0.6", linewidth=1, zorder=0)
     left.set(xlabel="step time / plain", yticks=range(len(found)), yticklabels=list(found))
     kappas = {name.replace("-", ", "): part["kappa"] for name, part in named(parts, "kappa")}
-    _bars(middle, list(kappas.values()), list(range(len(kappas))), "#0072B2", "")
+    _bars(middle, list(kappas.values()), list(range(len(kappas))), palette.BLUE, "")
     middle.set(xlabel="κ, scoring over training", yticks=range(len(kappas)), yticklabels=list(kappas))
     middle.axvline(1 / 3, color="0.6", linewidth=1, zorder=0)
     for model, part in named(parts, "alpha"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.batches.entries import IGNORED_LABEL, INDEX
 from hf_importance.heads.scores import upper_bound
+from hf_importance.reporting.markdown import table
 from hf_importance.theory.calibration import calibrate
 
 SHARE = 0.1  # ε, History's default
@@ -131,10 +132,8 @@ def main() -> None:
         for seed in settings.seeds:
             rows = measure(task, seed, Path("runs/memory_predictors"))
             print(f"\n{name}, seed {seed}")
-            print("| " + " | ".join(rows[0]) + " |")
-            print("|" + "--:|" * len(rows[0]))
-            for row in rows:
-                print("| " + " | ".join(f"{value:.3g}" for value in row.values()) + " |", flush=True)
+            cells = ([f"{value:.3g}" for value in row.values()] for row in rows)
+            print(table(list(rows[0]), cells, text=0), flush=True)
 
 
 if __name__ == "__main__":

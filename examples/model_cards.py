@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from hf_importance.compare import Comparison, compare, runner
 from hf_importance.reporting.cards import FIGURE, TAG, importance_section
+from hf_importance.reporting.markdown import table
 from hf_importance.reporting.plots import plot_training
 
 HERE = Path(__file__).parent
@@ -135,7 +136,6 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
         "Baseline": "`plain`: the same script with `--importance_sampling false`; `short`: with as many steps as ours "
         "cost; `small`: with the batch that costs as much",
     }
-    rows = "\n".join(f"| {name} | {text} |" for name, text in made.items())
     parts = [
         f"# {task.title}",
         task.about,
@@ -145,7 +145,7 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
         else f"By {found.metric}: {found.verdict()}",
         f"```text\n{found.table()}\n```",
         f"{task.error} Seconds are of a machine that other work shared, and say little.".strip(),
-        f"## How it was made\n\n|  |  |\n| --- | --- |\n{rows}",
+        f"## How it was made\n\n{table(('', ''), made.items(), text=2)}",
         section,
         f"## What it is not good for\n\n{task.limits}",
     ]

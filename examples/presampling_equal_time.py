@@ -19,14 +19,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from remembered_scores import TASKS, Task, error
 from transformers import HfArgumentParser, TrainerCallback
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import markdown
 from hf_importance.reporting.report import relative_compute
+from hf_importance.reporting.spread import mean_and_spread, standard_error
 
 AUTO = {"presample_ratio": "auto", "scoring_dtype": "bf16"}
 PAPER = {"presample_ratio": 3.0, "tau_threshold": 2.0}
@@ -151,16 +152,14 @@ def table(runs: list[dict]) -> None:
     """Print mean and standard error of each figure, a line a row."""
     plain = {found["seed"]: found["seconds"] for found in runs if found["row"] == "plain"}
     names = [name for name in runs[0] if name not in ("row", "seed", *vars(Arguments("")))]
-    print("\n| | seeds | " + " | ".join(names) + " | seconds / plain |\n|---|" + "--:|" * (len(names) + 2))
+    lines = []
     for row in sorted({found["row"] for found in runs}, key=list(ROWS).index):
         own = [found for found in runs if found["row"] == row]
         columns = [[found[name] for found in own] for name in names]
         columns.append([found["seconds"] / plain[found["seed"]] for found in own if found["seed"] in plain])
-        cells = []
-        for values in columns:
-            spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{np.mean(values):.3g} ± {spread:.2g}" if values and not np.isnan(values).any() else "")
-        print(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
+        lines.append([row, len(own), *(mean_and_spread(values, standard_error) for values in columns)])
+    print()
+    print(markdown.table(["", "seeds", *names, "seconds / plain"], lines))
 
 
 def main() -> None:

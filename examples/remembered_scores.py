@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting import palette
+from hf_importance.reporting.markdown import table
 from hf_importance.reporting.report import relative_compute
+from hf_importance.reporting.spread import mean_and_spread
 
 SIDES = {
     "plain": {"importance_sampling": False},
@@ -304,20 +307,16 @@ def report(file: Path, figure: Path) -> None:
             {k: v if k in ("task", "side") else float(v) for k, v in row.items()} for row in csv.DictReader(opened)
         ]
     columns = ("training loss", "test loss", "test error", "compute", "cpu seconds", "gain", "largest tau")
-    print("| task | side | seeds | " + " | ".join(columns) + " |")
-    print("|---|---|--:|" + "--:|" * len(columns))
+    lines = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     for task in tasks:
         for side in SIDES:
             found = [row for row in rows if row["task"] == task and row["side"] == side]
             if not found:
                 continue
-            cells = []
-            for name in columns:
-                values = [row[name] for row in found]
-                spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.3g}{spread}" if values and not np.isnan(values).any() else "")
-            print(f"| {task} | {side} | {len(found)} | " + " | ".join(cells) + " |")
+            cells = (mean_and_spread([row[name] for row in found]) for name in columns)
+            lines.append([task, side, len(found), *cells])
+    print(table(["task", "side", "seeds", *columns], lines, text=2))
     _draw(rows, tasks, figure)
 
 
@@ -337,18 +336,22 @@ def _draw(rows: list[dict], tasks: list[str], file: Path) -> None:
                     continue
                 axes.plot(values, [place + offset] * len(values), "o", color=COLORS[side], markersize=5, alpha=0.8)
             if _stayed_off(rows, task):
-                axes.annotate(" identical: stayed off", (1, place), va="center", ha="center", color="0.4", fontsize=8)
+                middle = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
+                axes.text(0.5, place, "identical: stayed off", color="0.4", fontsize=8, **middle)
         axes.axvline(1, color="0.8", linewidth=1, zorder=0)
         axes.set(xlabel=f"{name} / plain", yticks=range(len(tasks)), ylim=(-0.5, len(tasks) - 0.5))
         if name == "training loss":
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticklabels(tasks if axes is picture.axes[0] else [])
         axes.invert_yaxis()
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right", "left"]].set_visible(False)
     for side, color in COLORS.items():
         picture.axes[0].plot([], [], "o", color=color, label=LABELS[side])
+    picture.suptitle("Over the mean of plain training on the same task, a dot a seed", x=0.01, ha="left")
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     picture.savefig(file, dpi=150)
 

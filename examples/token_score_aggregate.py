@@ -31,6 +31,7 @@ from transformers import (
 from hf_importance.heads.scores import gradient_norm, root_of_squares, sum_of_norms
 from hf_importance.heads.tasks import TokenHead
 from hf_importance.objective.scorer import evaluation_mode
+from hf_importance.reporting.markdown import table
 
 
 @dataclass
@@ -131,10 +132,11 @@ def main() -> None:
     found = measure(model, language_model, measured, collate)
     true = found["true"]
     rank = {name: values.argsort().argsort().double() for name, values in found.items()}
-    print("| score | Pearson | Spearman | gain |\n|---|---|---|---|")
+    lines = []
     for name in ("sum of norms", "root of squares", "loss", "tokens", "true"):
         pearson, spearman = correlation(found[name], true), correlation(rank[name], rank["true"])
-        print(f"| {name} | {pearson:.3f} | {spearman:.3f} | {gain(found[name], true):.3f} |")
+        lines.append([name, f"{pearson:.3f}", f"{spearman:.3f}", f"{gain(found[name], true):.3f}"])
+    print(table(["score", "Pearson", "Spearman", "gain"], lines))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from hf_importance.reporting import markdown
+
 VOCABULARY, CLASSES, LENGTH, PAD, IMAGE = 40, 4, 7, 1, 2
 Batch = dict[str, Tensor]
 
@@ -475,12 +477,10 @@ ARCHITECTURES = [
 
 def table() -> str:
     """The matrix as docs/heads.md prints it."""
-    lines = ["| architecture | task | class | its own loss is a mean over | tested |", "|---|---|---|---|---|"]
-    for a in ARCHITECTURES:
-        over = "the step" if a.over_step else "the micro-batch"
-        lines.append(f"| {a.family} | {a.task} | `{a.model}` | {over} | yes |")
-    return "\n".join(lines) + "\n"
+    overs = {True: "the step", False: "the micro-batch"}
+    rows = [[a.family, a.task, f"`{a.model}`", overs[a.over_step], "yes"] for a in ARCHITECTURES]
+    return markdown.table(["architecture", "task", "class", "its own loss is a mean over", "tested"], rows, text=5)
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table())

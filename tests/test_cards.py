@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 from hf_importance.reporting.cards import FIGURE, TAG
+from hf_importance.reporting.markdown import table
 from hf_importance.reporting.report import outcome
 
 KEPT = sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
@@ -107,6 +108,12 @@ def test_switched_off_by_the_argument_the_card_is_the_trainers(tmp_path, digits)
         kind(toys.vit(), args, train_dataset=digits).create_model_card()
         cards.append((tmp_path / "same_name" / "README.md").read_text())
     assert cards[0] == cards[1]
+
+
+def test_a_table_with_a_line_too_short_or_too_long_is_refused():
+    for line in (["one"], ["one", 2, 3]):
+        with pytest.raises(ValueError, match=r"A line has [13] cells and the head 2: \['one'"):
+            table(["name", "value"], [["whole", 1], line])
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.parent.name)

@@ -27,6 +27,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting import markdown
+from hf_importance.reporting.spread import mean_and_spread
 
 LOOKS = 8  # points of a curve
 REPORTED = 1000  # training examples that the training loss is reported on
@@ -219,17 +221,11 @@ def finals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Give mean ± standard deviation over the seeds, at the end of the time, as Markdown."""
     columns = ("train_loss", "test_error", "step", "seconds", "active_share", "tau")
-    lines = ["| system | seeds | " + " | ".join(columns) + " |", "|---|--:|" + "--:|" * len(columns)]
-    ends = finals(rows)
+    lines, ends = [], finals(rows)
     for name in dict.fromkeys(row["system"] for row in rows):
         found = [row for row in ends if row["system"] == name]
-        cells = []
-        for column in columns:
-            values = [row[column] for row in found]
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{spread}")
-        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, len(found), *(mean_and_spread([row[column] for row in found]) for column in columns)])
+    return markdown.table(["system", "seeds", *columns], lines)
 
 
 LINES = 4  # of a panel, beside uniform's

@@ -11,8 +11,8 @@ and τ of these runs::
     python examples/paper/pool_size.py                    # digits, b = 32, under 3 minutes
     python examples/paper/pool_size.py --full             # CIFAR-10, WRN-28-2, B of 384, 640, 1024 and 2048
 
-Measured (6 CPU seconds a run, seeds 0, 1, 2): training loss 0.0021 uniform, 0.0034 to 0.0041 for B of 2b to 5b, 0.0065
-for 8b, 0.017 for 16b; the rule has 1.07 to 1.19, 1.18 and 1.62 for these. Table: docs/paper.md.
+Measured (10 CPU seconds a run, seeds 0 to 2): training loss 0.0022 uniform, 0.0038 to 0.0052 for B of 2b to 5b, 0.0075
+for 8b, 0.018 for 16b; the rule has 0.99 to 1.13, 1.08 and 1.45 for these. Table: docs/paper.md.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def draw(rows: list[dict], made: str, file: equal_time.Path) -> None:
     for panel in (curves, ends):
         figures.log_scale(panel)
     rule.set(xscale="log", xlabel="pool, B / b", ylabel="cost x variance / uniform")
-    rule.set_title(f"rule: κ {kappa:.2f}, τ {tau:.2f}; below 1 it pays", fontsize=9)
+    curves.set_title("along the run: mean of the seeds, and their range", fontsize=9)
+    ends.set_title("at its end: a dot a seed", fontsize=9)
+    rule.set_title(f"the rule for κ {kappa:.2f}, τ {tau:.2f}: below 1 it pays", fontsize=9)
     for panel in (ends, rule):
         panel.set_xticks([1, 2, 3, 5, 8, 16], ["1", "2", "3", "5", "8", "16"], minor=False)
         panel.set_xticks([], minor=True)

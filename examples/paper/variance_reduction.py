@@ -39,6 +39,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_importance import estimate_tau, resample, upper_bound
 from hf_importance.heads.scores import gradient_norm
+from hf_importance.reporting import markdown
 
 DRAWS = 10
 COLORS = {
@@ -280,15 +281,15 @@ def draw(rows: list[dict], points: list[dict], made: str, folder: Path) -> None:
 def table(rows: list[dict]) -> str:
     """Give the means over seeds by score, for the first, the middle, and the last measurement, as Markdown."""
     names = ("relative", "expected", "correlation", "squared_error")
-    lines = ["| step | score | resampling | " + " | ".join(names) + " |", "|--:|---|---|" + "--:|" * len(names)]
+    lines = []
     steps = sorted({row["step"] for row in rows})
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
         for resampling in STYLES:
             for name in COLORS:
                 some = [r for r in rows if (r["score"], r["resampling"], r["step"]) == (name, resampling, step)]
                 cells = [f"{statistics.mean(r[column] for r in some):.3g}" for column in names]
-                lines.append(f"| {step} | {name} | {resampling} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                lines.append([step, name, resampling, *cells])
+    return markdown.table(["step", "score", "resampling", *names], lines, text=3)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers.modelcard import TASK_MAPPING
 
+from hf_importance.reporting.markdown import table
 from hf_importance.reporting.report import PREFIX, evaluated, outcome, relative_compute
 from hf_importance.theory.costs import ASSUMED_KAPPA
 from hf_importance.training_args import ImportanceArguments
@@ -125,16 +126,11 @@ def _arguments(arguments: ImportanceArguments) -> str:
     """List what is not the default."""
     values = ((field.name, getattr(arguments, field.name), field.default) for field in fields(ImportanceArguments))
     rows = [(f"`{name}`", f"`{value}`") for name, value, default in values if value != default]
-    own = _table(("argument", "value"), rows) if rows else "All at their defaults."
+    own = table(("argument", "value"), rows, text=2) if rows else "All at their defaults."
     try:
         return f"{own}\n\nhf_importance {version('hf_importance')}"
     except PackageNotFoundError:  # it was never installed, but lies on the path
         return own
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _compute(end: Mapping[str, Any]) -> str:
@@ -149,7 +145,7 @@ def _compute(end: Mapping[str, Any]) -> str:
         ("examples scored by a forward pass of their own", f"{scored:,}", "0"),
         (f"compute (scoring an example is {kappa:.2g} of training on it)", f"{relative_compute(end):.2f}", "1"),
     ]
-    return _table(("", "this run", "uniform, as many steps"), rows)
+    return table(("", "this run", "uniform, as many steps"), rows)
 
 
 def _course(ours: Sequence[Mapping[str, Any]], figure: str | None) -> str:
@@ -158,10 +154,10 @@ def _course(ours: Sequence[Mapping[str, Any]], figure: str | None) -> str:
     # Ten points at most, the last among them.
     some = ours[::-1][:: max(1, len(ours) // 10)][::-1]
     rows = [(f"{e['step']:,}", f"{e[PREFIX + 'tau']:.2f}", "on" if e[PREFIX + "active"] else "off") for e in some]
-    return _table(("step", "τ", "importance sampling"), rows)
+    return table(("step", "τ", "importance sampling"), rows, text=0)
 
 
 def _results(log: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> str:
     found = {name: value for entry in log for name, value in entry.items() if name in baseline}
     rows = [(f"`{name}`", f"{found[name]:.4g}", f"{baseline[name]:.4g}") for name in baseline if name in found]
-    return _table(("", "this run", "uniform baseline"), rows)
+    return table(("", "this run", "uniform baseline"), rows)
