@@ -54,6 +54,7 @@ ROUNDS: list[list[tuple[str, tuple[float, ...], tuple[float, ...] | None]]] = [
         ("small", (THIRD, SIXTH), (1,)),
         ("normalised", (THIRD, SIXTH), (1,)),
     ],
+    [(side, (TENTH,), (1,)) for side in ("presample", "k=1/2", "auto")],
     [
         ("auto, k=0", (THIRD, SIXTH), (1,)),
         ("presample", (THIRD, SIXTH), (1.5,)),
@@ -64,7 +65,6 @@ ROUNDS: list[list[tuple[str, tuple[float, ...], tuple[float, ...] | None]]] = [
         ("constant time", (THIRD, SIXTH), (1,)),
         ("margin 1", (THIRD, SIXTH), (1,)),
     ],
-    [(side, (TENTH,), (1,)) for side in ("presample", "k=1/2", "k=0", "auto", "auto, k=1/2")],
 ]
 SEEDS = ((0, 1, 2), (3, 4))  # all rounds with the first ones, then with the others
 

@@ -45,26 +45,29 @@ class Side:
     tuned_as: str | None = None
 
 
-def _biased(k: float, **settings: Any) -> dict[str, Any]:
-    return {"importance_kwargs": {"bias": k, "normalise": True}, **settings}
-
-
+PRESAMPLE = {"importance_method": "presample"}
 HISTORY = {"importance_method": "history", "importance_budget": "constant_variance"}
 AUTO = {"importance_method": "auto"}
+
+
+def _biased(k: float, **settings: Any) -> dict[str, Any]:
+    return {"importance_kwargs": {"bias": k, "normalise": True}, **(settings or PRESAMPLE)}
+
+
 SIDES = {
     "plain": Side(scores=False),
     # As many plain steps as presampling cost, and plain steps of a batch as small as it cost.
     "short": Side(scores=False, tuned_as="plain"),
     "small": Side(scores=False, tuned_as="plain"),
-    "presample": Side({}),
+    "presample": Side(PRESAMPLE),
     # Weights to the power k, over their mean in the step.
     "normalised": Side(_biased(1.0)),
     "k=1/2": Side(_biased(0.5)),
     "k=0": Side(_biased(0.0), tuned_as="k=1/2"),
-    "k=1/2, authors": Side({"importance_kwargs": {"bias": 0.5}}, tuned_as="k=1/2"),
-    "k=0, authors": Side({"importance_kwargs": {"bias": 0.0}}, tuned_as="k=1/2"),
-    "constant time": Side({"importance_budget": "constant_time"}),
-    "margin 1": Side({"importance_kwargs": {"margin": 1.0}}, tuned_as="presample"),
+    "k=1/2, authors": Side({**PRESAMPLE, "importance_kwargs": {"bias": 0.5}}, tuned_as="k=1/2"),
+    "k=0, authors": Side({**PRESAMPLE, "importance_kwargs": {"bias": 0.0}}, tuned_as="k=1/2"),
+    "constant time": Side({**PRESAMPLE, "importance_budget": "constant_time"}),
+    "margin 1": Side({**PRESAMPLE, "importance_kwargs": {"margin": 1.0}}, tuned_as="presample"),
     "history": Side(HISTORY, scores=False, remembers=True),
     "history, k=1/2": Side(_biased(0.5, **HISTORY), scores=False, remembers=True, tuned_as="history"),
     "auto": Side(AUTO),
