@@ -29,7 +29,7 @@ from hf_importance.reporting import markdown
 from hf_importance.reporting.report import relative_compute
 from hf_importance.reporting.spread import mean_and_spread, standard_error
 
-AUTO = {"presample_ratio": "auto", "scoring_dtype": "bf16"}
+AUTO = {"importance_method": "presample", "presample_ratio": "auto", "scoring_dtype": "bf16"}
 PAPER = {"presample_ratio": 3.0, "tau_threshold": 2.0}
 CHEAPER = {**AUTO, "importance_budget": "constant_variance"}
 ROWS = {

@@ -43,7 +43,7 @@ class ImportanceArguments:
             "'history' (remembered from earlier epochs, at no cost; for runs of several epochs), 'auto' (whichever is "
             "measured to be cheapest), or 'two_phase' (as that, and pools drawn by remembered scores where these are "
             "cheaper). 'observe' trains as the plain Trainer does and says what 'auto' would have saved. By default "
-            "'auto', and 'presample' where a tau_threshold says when it is on."
+            "'auto', and 'presample' where a tau_threshold is given."
         },
     )
     importance_budget: Budget | None = field(
@@ -163,10 +163,14 @@ class ImportanceArguments:
 
     @property
     def method(self) -> Method:
-        """Where scores come from; a τ above which pools are scored leaves nothing for a price to choose."""
+        """Where scores come from: by default whatever is cheapest.
+
+        Pools alone, where a τ says when they are scored, or where only they can have the score.
+        """
         if self.importance_method is not None:
             return self.importance_method
-        return "auto" if self.threshold is None and "threshold" not in self.kwargs else "presample"
+        pools = self.threshold is not None or "threshold" in self.kwargs or self.kwargs.get("score") == "gradient_norm"
+        return "presample" if pools else "auto"
 
     @property
     def ratio(self) -> float | None:

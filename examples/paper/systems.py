@@ -40,22 +40,25 @@ class System:
 
 OURS = "Katharopoulos and Fleuret, 2018"
 # The paper draws with replacement.
-PAPER = {"importance_kwargs": {"resampling": "multinomial"}}
+PRESAMPLE = {"importance_method": "presample"}
+PAPER = {**PRESAMPLE, "importance_kwargs": {"resampling": "multinomial"}}
 # What is scored and kept, and when, follows what is measured.
 MEASURED = {"presample_ratio": "auto", "tau_threshold": None}
 SYSTEMS = {
     "uniform": System("Trainer", figures.BLACK, {"importance_sampling": False}),
     "loss": System(f"{OURS}, section 4", figures.ORANGE, {**PAPER, "importance_score": "loss"}),
     "upper_bound": System(f"{OURS}, the paper's method", figures.BLUE, PAPER),
-    "upper_bound_systematic": System("the same, drawn without replacement", figures.BLUE, line="--"),
-    "cost_rule": System("this package's default (docs/costs.md)", figures.RED, MEASURED, line="--"),
+    "upper_bound_systematic": System("the same, drawn without replacement", figures.BLUE, PRESAMPLE, line="--"),
+    "cost_rule": System(
+        "this package: presampling where it pays (docs/costs.md)", figures.RED, {**PRESAMPLE, **MEASURED}, line="--"
+    ),
     "upper_bound_biased": System(
         f"{OURS}, the authors' bias k of 0.5: weights to that power", figures.SKY,
-        {"importance_kwargs": {"resampling": "multinomial", "bias": 0.5}},
+        {**PRESAMPLE, "importance_kwargs": {"resampling": "multinomial", "bias": 0.5}},
     ),
     "gradient_norm": System(
         f"{OURS}, section 4.1", figures.GREEN,
-        {"importance_kwargs": {"resampling": "multinomial", "score": "gradient_norm"}},
+        {**PRESAMPLE, "importance_kwargs": {"resampling": "multinomial", "score": "gradient_norm"}},
     ),
     "auto": System(
         "this package: whichever of uniform, remembered and fresh scores is measured to be cheapest", figures.BLACK,
