@@ -24,7 +24,10 @@ from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
 
 # Whatever it costs, so that it is on.
 ALWAYS = {"on_below": 1e9, "off_above": 1e9}
-KINDS = {"off": {"importance_method": "observe"}, "on": {"importance_method": "presample", "importance_kwargs": ALWAYS}}
+KINDS = {
+    "off": {"importance_method": "observe"},
+    "on": {"importance_method": "presample", "importance_kwargs": ALWAYS},
+}
 
 
 @contextlib.contextmanager
