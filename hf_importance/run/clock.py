@@ -18,9 +18,10 @@ batch's training pass that does not shrink is the overhead α::
 
     time of n examples = time of b examples * (alpha + (1 - alpha) * n / b)
 
-It is measured each time that steps by importance begin, in the first of them, against the last whole batches before.
-These steps also say what scoring takes in pools, drawing included, over scoring one batch: a factor for all pairs made
-by single batches.
+It is measured in the first steps by importance, and anew where they begin again, as often as that costs half a
+percent. What a whole batch would have taken is known by scoring one in the same step, which takes κ of it: α is a
+small difference, and whole batches of other steps met another load. These steps also say what scoring takes in pools,
+drawing included, over scoring one batch: a factor for all pairs made by single batches.
 
 All of it is added up over ranks, in the collective of the step where it has one, and saved: a resumed run goes on with
 what the checkpoint holds, before κ is known too. Where κ is given nothing is timed, and a run can be repeated exactly.
@@ -49,12 +50,12 @@ logger = logging.getLogger(__name__)
 
 FEWEST_PAIRS = 5  # before κ is believed: two of them may be as slow as they like (allocation, kernels, compilation)
 PAIRS = 9  # the most recent ones, whose median is κ; and as many steps on few examples say what α is
-PROBE_SHARE = 0.005  # of a uniform run that its probes may take, after the first
+PROBE_SHARE = 0.005  # of a run that its probes may take, after the first; and those for α
 PAIR_EVERY = 16  # steps at least from one pair to the next, after the first
 # Of a batch's examples, to measure by what a step costs that does not shrink with them.
 FEW = 0.75
 
-_RATIO, _SECONDS = number(-1e6, 1e6), number(0, 1e6)
+_RATIO = number(-1e6, 1e6)
 
 
 @dataclass
@@ -63,10 +64,11 @@ class ClockState:
 
     next_pair: Annotated[int, COUNT] = 0  # optimizer steps done before the next pair
     pairs: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)  # κ of each, over the factor
-    whole: Annotated[list[float], listed(_SECONDS)] = field(default_factory=list)  # of training, an example of a batch
-    # Of the steps on few examples since the last whole batch: α, and κ by their pools.
+    probed: bool = False  # whether any of them is by a single batch
+    # Of steps on few examples: α, and κ by their pools.
     few: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)
     pools: Annotated[list[float], listed(_RATIO)] = field(default_factory=list)
+    next_overhead: Annotated[int, COUNT] = 0  # optimizer steps done before α is measured anew
     factor: Annotated[float, number(1e-3, 1e3)] = 1.0  # κ by pools over that by single batches
     overhead: Annotated[float | None, optional(number(0, 0.99))] = None
 
@@ -79,7 +81,8 @@ class Times:
         asked: When it asked for its data.
         pair: Whether it gives a pair.
         read: Whether its times are read: for a pair, for α, or because that costs nothing. The same on all ranks.
-        spans: Of waiting, scoring and its first training pass: beginning, end, and for how many examples.
+        spans: Of waiting, scoring, its first training pass, and beside a pool of scoring a batch for its time alone:
+            beginning, end, and for how many examples.
         own: Of a step by pools: examples that the first training pass would have had, else 0.
     """
 
@@ -168,7 +171,7 @@ class Clock:
             times.spans["score"] = start, mark(self.device), scored
 
     @contextlib.contextmanager
-    def scoring(self, step: int, examples: int, own: int, share: float) -> Iterator[None]:
+    def scoring(self, step: int, examples: int, own: int, share: float, probe: Callable[[], int]) -> Iterator[None]:
         """Time the scoring and drawing of pools, whose examples have come.
 
         Args:
@@ -176,16 +179,20 @@ class Clock:
             examples: Of the pools on this rank.
             own: Of the first micro-batch as it came.
             share: Of it, that is to be kept.
+            probe: Scores a micro-batch as it came, for its time alone, and gives the number of its examples.
         """
-        times = self.times
+        times, overhead = self.times, self._measures_overhead(share)
         if times is not None:
             times.own, times.pair = own, step >= self.state.next_pair
-            times.read = times.pair or self._measures_overhead(share)
+            times.read = times.pair or overhead
         if times is None or not times.read:
             yield
             return
         times.spans["wait"] = times.asked, self._waiting(), examples
         start = mark(self.device)
+        if overhead:
+            probed = probe()
+            times.spans["probe"] = start, (start := mark(self.device)), probed
         yield
         times.spans["score"] = start, mark(self.device), examples
 
@@ -210,7 +217,7 @@ class Clock:
         if times is None or not times.read:
             return []
         nothing = (0.0, 0.0, 0)
-        spans = [times.spans.get(part, nothing) for part in ("wait", "score", "train")]
+        spans = [times.spans.get(part, nothing) for part in ("wait", "score", "train", "probe")]
         figures = [
             figure for start, end, examples in spans for figure in (seconds_between(start, end), float(examples))
         ]
@@ -220,20 +227,23 @@ class Clock:
         """Take in what :meth:`read` gave of a step, over all ranks."""
         if times is None or not sums:
             return
-        wait, waited, score, scored, train, trained, own = sums
+        wait, waited, score, scored, train, trained, probe, probed, own = sums
         if not (waited and trained and train > 0):  # or a clock too coarse for so small a step
             return
         state, waiting, scoring = self.state, wait / waited, score / scored if scored else 0.0
         if own == 0:
             training = train / trained
-            state.whole = [*state.whole, training][-PAIRS:]
-            state.few, state.pools = [], []
-        elif self._measures_overhead(trained / own):
-            training = statistics.median(state.whole)
-            state.few.append((train / (own * training) - trained / own) / (1 - trained / own))
-            state.pools.append((waiting + scoring) / (waiting + training))
+            state.probed = state.probed or scored > 0
+            if len(state.few) == PAIRS and step >= state.next_overhead:
+                state.few, state.pools = [], []
+        elif probed and trained <= FEW * own:  # more where its scores were not finite
+            whole = (waiting + probe / probed) / statistics.median(state.pairs)  # waiting and training
+            if whole > waiting:
+                share, took = trained / own, train / own / (whole - waiting)
+                state.few.append((took - share) / (1 - share))
+                state.pools.append((waiting + scoring) / whole)
             if len(state.few) == PAIRS:
-                self._settle()
+                self._settle(step)
             return
         else:
             overhead = state.overhead or 0.0
@@ -254,10 +264,11 @@ class Clock:
 
     def _measures_overhead(self, share: float) -> bool:
         """Whether a step that keeps this share of a batch says what α is; κ comes first."""
-        return self.measured and share <= FEW and len(self.state.few) < PAIRS and len(self.state.whole) > 0
+        return self.measured and share <= FEW and len(self.state.few) < PAIRS and self.state.probed
 
-    def _settle(self) -> None:
+    def _settle(self, step: int) -> None:
         state = self.state
+        state.next_overhead = step + math.ceil(PAIRS * self.kappa / (PROBE_SHARE * self._accumulation))
         state.overhead = min(max(statistics.median(state.few), 0.0), 0.99)
         kappa = statistics.median(state.pools)
         if state.pairs and min(state.pairs) > 0:

@@ -111,7 +111,9 @@ class Pools:
             indices = [index for _, index in split if index is not None]
             index = torch.cat(indices) if indices else None
             of_each = planned.kept * count / (filled * self.facts.batch_size)
-            with self.clock.scoring(step.number, len(pool), batch_size_of(batches[0]), of_each):
+            first = batches[0]
+            timed = len(pool), batch_size_of(first), of_each, lambda: self.probe(first)
+            with self.clock.scoring(step.number, *timed):
                 return self._keep(step, planned, pool, raw, index, count, own, filled)
 
     def score_visits(self, step: Step, planned: Pool, handed: Handed, items: float) -> tuple[list, Tensor]:
