@@ -35,6 +35,7 @@ from hf_importance.reporting.report import PREFIX, evaluated, relative_compute
 from hf_importance.reporting.spread import interval, mean_and_spread
 
 SIDES = ("plain", "importance", "short", "small")
+SIDES_SAID = "short, small: plain training for as much compute as importance took, by fewer steps or smaller batches."
 COLORS = {"plain": palette.PLAIN, "importance": palette.OURS, "short": palette.SHORT, "small": palette.SMALL}
 # Columns of the table, with their formats, before the metrics.
 OWN = {"steps": ".0f", "batch_size": ".3g", "compute": ".2f", "seconds": ".1f"}
@@ -137,8 +138,8 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        """Give the table and the verdict."""
-        return f"{self.table()}\n\nVerdict, by {self.metric}: {self.verdict()}"
+        """Give the table, what its sides are, and the verdict."""
+        return f"{self.table()}\n\n{SIDES_SAID}\n\nVerdict, by {self.metric}: {self.verdict()}"
 
     def write(self, folder: Path) -> list[Path]:
         """Write every run to ``compare.csv``, and where matplotlib is installed the metric against compute."""

@@ -12,8 +12,8 @@ The task is that of image_classification.py::
     python examples/paper/batch_gain.py                   # digits, under 3 minutes
     python examples/paper/batch_gain.py --full            # CIFAR-10, WRN-28-2
 
-Measured (6 CPU seconds a run, seeds 0, 1, 2): training loss 0.0017 with the learning rate raised linearly, 0.0028 by
-the root, 0.0042 as it is, 0.0024 uniform; smaller batches 0.0038 to 0.0071. Table: docs/paper.md.
+Measured (10 CPU seconds a run, seeds 0, 1, 2): training loss 0.0024 with the learning rate raised linearly, 0.0035 by
+the root, 0.0053 as it is, 0.0024 uniform; smaller batches 0.0034 to 0.0095. Table: docs/paper.md.
 """
 
 from __future__ import annotations

@@ -265,9 +265,10 @@ def draw_curves(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], 
         figures.log_scale(panels[1])
     for panel in panels[-2:]:
         panel.set_xlabel(clock_name())
+    said = ["The same time for each: mean of the seeds, and their range at the end; uniform in every row"]
     if off:
-        names = ", ".join(name.replace("_", " ") for name in off)
-        figure.suptitle(f"stayed off, the same as uniform: {names}", x=0.01, ha="left", fontsize=9)
+        said.append(f"Stayed off, the same as uniform: {', '.join(name.replace('_', ' ') for name in off)}")
+    figure.suptitle("\n".join(said), x=0.01, ha="left", fontsize=9)
     figures.save(figure, file, made, (row["seed"] for row in rows))
 
 
