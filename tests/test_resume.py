@@ -191,7 +191,7 @@ def test_the_state_is_json_with_a_version(tmp_path):
     build(tmp_path, toys.sentences(128)).train()
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["ImportanceStateCallback"]["attributes"]["importance"]
-    assert saved["version"] == VERSION == 3
+    assert saved["version"] == VERSION == 4
     assert saved["step"] == 5
     assert saved["sampler"]["settings"]["name"] == "Presample"
     assert saved["sampler"]["state"]["on"] is True
@@ -228,9 +228,9 @@ def test_a_plain_trainer_resumes_from_ours(tmp_path):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (7, "has version 7, and this package knows versions up to 3; a newer hf_importance can resume it"),
-        (1, "has version 1, that of an earlier hf_importance, and this one reads version 3 only"),
-        (2, "has version 2, that of an earlier hf_importance, and this one reads version 3 only"),
+        (7, "has version 7, and this package knows versions up to 4; a newer hf_importance can resume it"),
+        (1, "has version 1, that of an earlier hf_importance, and this one reads version 4 only"),
+        (3, "has version 3, that of an earlier hf_importance, and this one reads version 4 only"),
     ],
 )
 def test_another_version_is_refused(tmp_path, version, message):

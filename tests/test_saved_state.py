@@ -176,11 +176,11 @@ def test_any_bytes_in_place_of_the_file_are_taken_up_or_refused(tmp_path, conten
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 7, r"version 7, and this package knows versions up to 3; a newer hf_importance"),
-        (("version",), 1, r"version 1, that of an earlier hf_importance, and this one reads version 3 only"),
-        (("version",), 2, r"version 2, that of an earlier hf_importance, and this one reads version 3 only"),
-        (("version",), "3", r"version must be an integer from 3 to 3, but it is '3'"),
-        (("version",), True, r"version must be an integer from 3 to 3, but it is True"),
+        (("version",), 7, r"version 7, and this package knows versions up to 4; a newer hf_importance"),
+        (("version",), 1, r"version 1, that of an earlier hf_importance, and this one reads version 4 only"),
+        (("version",), 3, r"version 3, that of an earlier hf_importance, and this one reads version 4 only"),
+        (("version",), "4", r"version must be an integer from 4 to 4, but it is '4'"),
+        (("version",), True, r"version must be an integer from 4 to 4, but it is True"),
         (("run", "tau"), float("nan"), r"run.tau must be a number from 0.999999 to 1e\+09, but it is nan"),
         (("run", "tau"), 1e308, r"run.tau must be a number"),
         (("run", "drawn"), 1, r"run.drawn must be true or false, but it is 1"),

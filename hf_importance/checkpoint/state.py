@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_importance.checkpoint.schema import Schema, check, shortened
 
-VERSION = 3
+VERSION = 4
 TENSORS_NAME = "importance_history.safetensors"
 
 
