@@ -56,9 +56,10 @@ VALID = {
     "clock": {
         "next_pair": 80,
         "pairs": [0.2, 0.3, 0.2, 0.2, 0.1],
-        "whole": [0.01, 0.02],
+        "probed": True,
         "few": [],
         "pools": [],
+        "next_overhead": 40,
         "factor": 1.1,
         "overhead": None,
     },
