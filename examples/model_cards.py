@@ -3,8 +3,8 @@
     python examples/model_cards.py --root path/to/folder_with_data_and_models
     python examples/model_cards.py --root path/to/folder_with_data_and_models --tasks minilm-sst2 --seeds 0 1
 
-All cards with three seeds take a quarter of an hour of an idle core, half of it MobileNetV2's. What a card must hold:
-model_cards/README.md.
+All cards with three seeds should take a quarter of an hour of an idle core, half of it MobileNetV2's (added up from
+times of single steps). What a card must hold: model_cards/README.md.
 """
 
 import argparse
