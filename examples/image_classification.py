@@ -6,9 +6,7 @@ process, or ``accelerate launch``; ``--importance_sampling false`` is the baseli
     python examples/image_classification.py --output_dir out --model google/vit-base-patch16-224 --dataset food101
     python examples/image_classification.py --output_dir out --model path/to/model --dataset path/to/parquet_files
 
-Measured on 512 photos of clothes, 372 test photos, 128 steps, one seed (command, commit, hardware and versions:
-model_cards/mobilenet_v2-clothing10): on in 11 of the steps, at 1.01 times the compute of the baseline; test accuracy
-.774 against .758, and .769 with as much compute, standard error .022: no difference.
+What came of it on photos of clothes, beside plain training: model_cards/mobilenet_v2-clothing10.
 """
 
 import torch

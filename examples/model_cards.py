@@ -3,8 +3,8 @@
     python examples/model_cards.py --root path/to/folder_with_data_and_models
     python examples/model_cards.py --root path/to/folder_with_data_and_models --tasks minilm-sst2 --seeds 0 1
 
-All cards with three seeds take a quarter of an hour of an idle core, half of it MobileNetV2's. What a card must hold:
-model_cards/README.md.
+All cards with three seeds should take a quarter of an hour of an idle core, half of it MobileNetV2's (added up from
+times of single steps). What a card must hold: model_cards/README.md.
 """
 
 import argparse
@@ -107,7 +107,7 @@ TASKS = {
 }
 
 
-def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int]) -> ModelCard:
+def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int], commit: str) -> ModelCard:
     """Put together what the runs found, how they were made, and the section on the first run by importance."""
     run = folder / f"importance-{seeds[0]}"
     log = TrainerState.load_from_json(str(run / "trainer_state.json")).log_history
@@ -125,7 +125,6 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
         tags=["generated_from_trainer", TAG],
         eval_results=results,
     )
-    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
     names = ("hf_importance", "torch", "transformers", "accelerate", "datasets")
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in names)
     where = (
@@ -135,7 +134,7 @@ def card(name: str, task: Task, found: Comparison, folder: Path, seeds: list[int
     given = f"--model models/{task.model} --dataset data/{task.dataset} {task.more}"
     made = {
         "Command": f"`{command} {given}`",
-        "Commit": f"`{commit.strip()}`",
+        "Commit": f"`{commit}`",
         "Hardware": where,
         "Versions": f"Python {platform.python_version()}, {versions}",
         "Seeds": f"{', '.join(map(str, seeds))}; the metadata and the section below are of seed {seeds[0]}",
@@ -184,6 +183,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/model_cards"))
     parser.add_argument("--reuse", action="store_true", help="Take the runs that the output folder has, as they are.")
     settings = parser.parse_args()
+    # Of the runs, not of what is committed while they go on.
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
     for name in settings.tasks:
         task, folder = TASKS[name], settings.output_dir / name
         forwarded = ["--model", str(settings.root / "models" / task.model), *task.more.split()]
@@ -193,7 +195,7 @@ def main() -> None:
         print(f"\n{found}\n")
         found.write(folder)
         (CARDS / name).mkdir(exist_ok=True)
-        card(name, task, found, folder, settings.seeds).save(CARDS / name / "README.md")
+        card(name, task, found, folder, settings.seeds, commit).save(CARDS / name / "README.md")
 
 
 if __name__ == "__main__":

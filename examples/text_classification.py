@@ -6,9 +6,7 @@ One process, or ``accelerate launch``; ``--importance_sampling false`` is the ba
     python examples/text_classification.py --output_dir out --model bert-base-uncased --dataset rotten_tomatoes
     python examples/text_classification.py --output_dir out --model path/to/model --dataset path/to/parquet_files
 
-Measured on 400 sentences of film reviews, 600 test sentences, 100 steps, one seed (command, commit, hardware and
-versions: model_cards/minilm-sst2): at equal noise a step never cost less than 1.12 uniform steps, so it stayed off,
-and the run is the baseline's: test accuracy .818 on both sides, standard error .016.
+What came of it on sentences of film reviews, beside plain training: model_cards/minilm-sst2.
 """
 
 import torch

@@ -1,12 +1,15 @@
 """Model cards: what a run writes, and those kept in ``model_cards/``, parsed as the Hub would."""
 
+import importlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import toys
 from huggingface_hub import ModelCard
+from test_examples import EXAMPLES, SHORT, language_task
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
@@ -114,6 +117,30 @@ def test_a_table_with_a_line_too_short_or_too_long_is_refused():
     for line in (["one"], ["one", 2, 3]):
         with pytest.raises(ValueError, match=r"A line has [13] cells and the head 2: \['one'"):
             table(["name", "value"], [["whole", 1], line])
+
+
+def test_one_command_makes_a_card_of_all_sides(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    made = importlib.import_module("model_cards")
+    language_task(tmp_path)
+    for folder, name in (("models", "model"), ("data", "data")):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / "root" / folder / "tiny")
+    given = SHORT.replace("{", '{"kappa":0.3,')
+    task = made.Task(
+        "Tiny", "About it.", "Nothing.", "language_modeling", "tiny", "tiny", given, "mit", "text-generation"
+    )
+    monkeypatch.setattr(made, "TASKS", {"tiny": task})
+    monkeypatch.setattr(made, "CARDS", tmp_path)
+    command = ["--root", tmp_path / "root", "--seeds", 3, "--output_dir", tmp_path / "runs"]
+    monkeypatch.setattr(sys, "argv", ["model_cards.py", *map(str, command)])
+    made.main()
+    card = checked(tmp_path / "tiny" / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} >= {"loss", "accuracy"}
+    assert "By eval_accuracy: " in card.text and "of one seed, so there is no interval" in card.text
+    assert re.search(r"^\*\*Importance sampling: on in [12] of 3 steps", card.text, re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \| `.+` \|$", card.text[card.text.index("### Arguments") :], re.MULTILINE)
+    assert listed == ["presample_ratio", "tau_threshold", "importance_kwargs"]
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.parent.name)
