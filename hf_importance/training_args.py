@@ -109,8 +109,8 @@ class ImportanceArguments:
         default=None,
         metadata={
             "help": "More settings of the method, a dict or JSON ('{\"margin\": 1.2}'): for 'presample' margin, "
-            "momentum, resampling, bias, normalise, calibrate, kappa; for 'history' margin, share, momentum, bias, "
-            "normalise; see their classes."
+            "momentum, resampling, bias, bias_until, normalise, calibrate, kappa; for 'history' margin, share, "
+            "momentum, bias, bias_until, normalise; see their classes."
         },
     )
 

@@ -168,3 +168,37 @@ def test_both_methods_that_auto_chooses_from_have_it(tmp_path):
     sampler = ImportanceTrainer(model=toys.bert(), args=args, train_dataset=toys.sentences(64)).sampler
     assert isinstance(sampler, Auto) and sampler.fresh.bias == sampler.remembered.bias == 0.5
     assert sampler.fresh.normalise and sampler.remembered.normalise
+
+
+@pytest.mark.parametrize("biased", [{"bias": 0.0}, {"bias": 0.5, "normalise": True}])
+def test_it_ends_where_it_is_told_to(tmp_path, biased):
+    # Nothing is learnt, so all three runs draw the same examples; 8 steps, of which the first 5 are within 0.6.
+    unbiased = {name: value for name, value in biased.items() if name != "bias"}
+    before, part, after = (
+        train(tmp_path / name, **settings).weights
+        for name, settings in (("before", biased), ("part", {**biased, "bias_until": 0.6}), ("after", unbiased))
+    )
+    assert len(part) == 8 and all(weights[0] is not None for weights in part[1:])
+    for step in range(1, 8):
+        expected = before if step < 5 else after
+        assert part[step][0].tolist() == expected[step][0].tolist()
+    assert part[4][0].tolist() != after[4][0].tolist() and part[5][0].tolist() != before[5][0].tolist()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_it_ends_there_within_visits_too(tmp_path, accumulation):
+    steps = 72 // accumulation
+    sampler = Noting("variance", bias=0.5, bias_until=0.8)
+    trainer = train(tmp_path, sampler, max_steps=steps, gradient_accumulation_steps=accumulation)
+    own = torch.cat([visits.represents for visits in sampler.named])
+    place = kept = 0
+    for step, weights in enumerate(trainer.weights):
+        if weights[0] is None:
+            continue
+        found = torch.cat(weights)
+        unbiased = own[place : place + len(found)]
+        place += len(found)
+        expected = bias_weights(unbiased.double(), 0.5 if step < 0.8 * steps else 1.0).float()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        kept += step >= 0.8 * steps
+    assert kept >= 4

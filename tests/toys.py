@@ -132,7 +132,9 @@ class Recorder(TrainerCallback):
 
 
 # What goes to the sampler's constructor by importance_kwargs.
-OF_THE_SAMPLER = ("margin", "share", "momentum", "resampling", "bias", "normalise", "calibrate", "kappa", "score")
+OF_THE_SAMPLER = (
+    "margin", "share", "momentum", "resampling", "bias", "bias_until", "normalise", "calibrate", "kappa", "score",
+)  # fmt: skip
 
 
 def arguments(tmp_path, **overrides) -> ImportanceTrainingArguments:

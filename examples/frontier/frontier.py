@@ -48,7 +48,7 @@ ROUNDS: list[list[tuple[str, tuple[float, ...], tuple[float, ...] | None]]] = [
         ("auto, k=1/2", (THIRD, SIXTH), (1,)),
         ("history, k=1/2", (0,), (1,)),
     ],
-    [("two phases", (THIRD, SIXTH), (1,))],
+    [("two phases", (THIRD, SIXTH), (1,)), ("k=1/2 until 0.7", (THIRD, SIXTH), (1,))],
     [
         ("short", (THIRD, SIXTH), (1,)),
         ("small", (THIRD, SIXTH), (1,)),

@@ -63,6 +63,9 @@ SIDES = {
     # Weights to the power k, over their mean in the step.
     "normalised": Side(_biased(1.0)),
     "k=1/2": Side(_biased(0.5)),
+    "k=1/2 until 0.7": Side(
+        {**PRESAMPLE, "importance_kwargs": {"bias": 0.5, "bias_until": 0.7, "normalise": True}}, tuned_as="k=1/2"
+    ),
     "k=0": Side(_biased(0.0), tuned_as="k=1/2"),
     "k=1/2, authors": Side({**PRESAMPLE, "importance_kwargs": {"bias": 0.5}}, tuned_as="k=1/2"),
     "k=0, authors": Side({**PRESAMPLE, "importance_kwargs": {"bias": 0.0}}, tuned_as="k=1/2"),

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -39,7 +39,7 @@ from hf_importance.samplers.proposal import Proposal
 from hf_importance.samplers.sampler import Facts, Sampler, Scored, Visits
 from hf_importance.theory.calibration import Calibration
 from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW
-from hf_importance.theory.sampling import bias_weights
+from hf_importance.theory.sampling import bias_weights, exponent_of
 from hf_importance.values import check_choice, check_range
 
 SMALLEST_FRACTION = 1 / 16  # of the uniform batch; below, a step's own noise estimate means little
@@ -68,6 +68,8 @@ class History(Sampler):
         share: ε, the share of every draw that is uniform, in ``(0, 1]``; weights stay below its inverse.
         momentum: Of the average of τ, in ``[0, 1)``.
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
+        bias_until: Share of the run, from its start, in which ``bias`` acts, in ``[0, 1]``; what follows descends the
+            mean loss, and so unlearns wrong labels that the bias has favoured.
         normalise: Whether the weights of a step have the mean 1 exactly, not on average: a bias of order 1/n.
     """
 
@@ -77,6 +79,7 @@ class History(Sampler):
     share: float = 0.1
     momentum: float = 0.9
     bias: float = 1.0
+    bias_until: float = 1.0
     normalise: bool = False
 
     remembers = True
@@ -102,6 +105,7 @@ class History(Sampler):
         check_range("share", self.share, 0, 1, "0.1 is the default.", open_low=True)
         check_range("momentum", self.momentum, 0, 1, "It is the share of the old average; 0.9.", open_high=True)
         check_range("bias", self.bias, 0, 1, "At 1, the default, the gradient is unbiased.")
+        check_range("bias_until", self.bias_until, 0, 1, "At 1, the default, the bias lasts to the end.")
 
     def begin(self, run: Facts) -> None:
         """Forget everything, for a run begins."""
@@ -195,12 +199,21 @@ class History(Sampler):
     def _biased(self, visits: Visits) -> Visits:
         """Bias the weights, an optimizer step of all ranks at a time."""
         assert visits.batch_size is not None
-        firsts = [*range(0, visits.micro_batches, self.run.accumulation), visits.micro_batches]
-        ends = [math.floor(micro * visits.batch_size) * self.run.ranks for micro in firsts]
+        run = self.run
+        firsts = [*range(0, visits.micro_batches, run.accumulation), visits.micro_batches]
+        ends = [math.floor(micro * visits.batch_size) * run.ranks for micro in firsts]
         together = visits.weights.split([end - start for start, end in pairwise(ends)])
-        biased = torch.cat([bias_weights(weights, self.bias, self.normalise) for weights in together])
+        exponents = (exponent_of(step, run.steps(), self.bias, self.bias_until) for step in count(run.step()))
+        biased = [
+            bias_weights(own, exponent, self.normalise) for own, exponent in zip(together, exponents, strict=False)
+        ]
         return Visits(
-            visits.index, biased, visits.micro_batches, visits.weights, visits.batch_size, uniform=visits.uniform
+            visits.index,
+            torch.cat(biased),
+            visits.micro_batches,
+            visits.weights,
+            visits.batch_size,
+            uniform=visits.uniform,
         )
 
     # ---- Learn ----

@@ -16,7 +16,7 @@ from hf_importance.checkpoint.schema import COUNT, listed, number, optional
 from hf_importance.samplers.sampler import Facts, Pool, Sampler, Scored
 from hf_importance.theory.calibration import BINS, InTraining, pair_sums
 from hf_importance.theory.costs import OFF_ABOVE, ON_BELOW, Budget, Plan, plan, price, relative_variance
-from hf_importance.theory.sampling import Resampling, bias_weights, resample
+from hf_importance.theory.sampling import Resampling, bias_weights, exponent_of, resample
 from hf_importance.theory.tau import derived_threshold
 from hf_importance.theory.variance import SHARES, VarianceFactor, WithoutReplacement, WithReplacement, inverse_moments
 from hf_importance.values import check_choice, check_range
@@ -44,6 +44,8 @@ class Presample(Sampler):
         momentum: Of the averages of τ and of the variance, in ``[0, 1)``.
         resampling: ``"systematic"`` (without replacement) or ``"multinomial"`` (with, as the paper has it).
         bias: Power of the importance weights, in ``[0, 1]``; 1 leaves the gradient unbiased. The authors' ``k``.
+        bias_until: Share of the run, from its start, in which ``bias`` acts, in ``[0, 1]``; what follows descends the
+            mean loss, and so unlearns wrong labels that the bias has favoured.
         normalise: Whether the weights of a step have the mean 1 exactly, not on average: a bias of order 1/n, on each
             rank by itself.
         calibrate: Whether to draw by, and promise, what a pool's scores have been found to say of those in training,
@@ -64,6 +66,7 @@ class Presample(Sampler):
     momentum: float = 0.9
     resampling: Resampling = "systematic"
     bias: float = 1.0
+    bias_until: float = 1.0
     normalise: bool = False
     calibrate: bool = True
     kappa: float | None = None
@@ -92,6 +95,7 @@ class Presample(Sampler):
         check_range("margin", self.margin, 1, math.inf, "1.1 is the default.")
         check_range("momentum", self.momentum, 0, 1, "It is the share of the old average; 0.9.", open_high=True)
         check_range("bias", self.bias, 0, 1, "At 1, the default, the gradient is unbiased.")
+        check_range("bias_until", self.bias_until, 0, 1, "At 1, the default, the bias lasts to the end.")
         if self.kappa is not None:
             check_range("kappa", self.kappa, 0, 1, "It is what scoring costs over training.", open_low=True)
         check_range("fewest", self.fewest, 1, math.inf, "1 is the default.")
@@ -198,7 +202,8 @@ class Presample(Sampler):
 
     def weigh(self, weights: Tensor) -> Tensor:
         """Bias the weights of a step as it is asked for."""
-        return bias_weights(weights, self.bias, self.normalise)
+        exponent = exponent_of(self.run.step(), self.run.steps(), self.bias, self.bias_until)
+        return bias_weights(weights, exponent, self.normalise)
 
     # ---- Learn ----
 

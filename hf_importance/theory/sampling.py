@@ -144,6 +144,15 @@ def resample(
     raise ValueError(f"resampling must be 'systematic' or 'multinomial', but it is {method!r}.")
 
 
+def exponent_of(step: int, steps: int, bias: float, until: float) -> float:
+    """Give the power that a step's weights are raised to: ``bias``, and 1 once the share ``until`` of the run is over.
+
+    >>> [exponent_of(step, 4, 0.5, 0.75) for step in range(4)], exponent_of(9, 4, 0.5, 1.0)
+    ([0.5, 0.5, 0.5, 1.0], 0.5)
+    """
+    return bias if until == 1 or step < until * steps else 1.0
+
+
 def bias_weights(weights: Tensor, exponent: float, normalise: bool = False) -> Tensor:
     r"""Raise the importance weights of a step to a power, and rescale them: a bias that favours what is drawn more.
 
