@@ -127,7 +127,7 @@ def presample(kwargs: dict | None = None, **settings) -> dict:
 
 def priced(budget: str, **settings) -> dict:
     """Give pools of whatever size is cheapest, on while they pay."""
-    settings = {"importance_budget": budget, "max_steps": 96, **settings}
+    settings = {"importance_method": "presample", "importance_budget": budget, "max_steps": 96, **settings}
     return {
         "settings": settings,
         "kwargs": {"kappa": 0.1},
