@@ -227,7 +227,7 @@ class Watched(History):
             run, self.then = self.run, copy.copy(self)
             table, place = copy.copy(run.table), run.place()
             table.scores = table.scores.clone()
-            self.then.state, self.then._proposal = copy.copy(self.state), copy.copy(self._proposal)
+            self.then.state, self.then.proposal = copy.copy(self.state), copy.copy(self.proposal)
             self.then.run = dataclasses.replace(run, table=table, place=lambda: place)
             self.drawn = found
             self.halfway = run.step() + max(found.micro_batches // run.accumulation // 2, 1)
@@ -255,7 +255,7 @@ class Watched(History):
 
     def weights_then(self, index: Tensor) -> Tensor:
         """Give the weights that any examples would have had in the last draw, float64."""
-        then, size = self.then._proposal, len(self.drawn.index)
+        then, size = self.then.proposal, len(self.drawn.index)
         inclusion = inclusion_probabilities(then.relative, size, then.counts)
         bins = then.calibration.bins(self.then.run.table.scores[index]).long()
         return size / len(self.then.run.table.scores) / inclusion[bins]

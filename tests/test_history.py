@@ -346,14 +346,14 @@ def test_state_and_tensors_are_all_there_is():
     before = {name: tensor.clone() for name, tensor in whole.tensors().items()}
     twin.load(dataclasses.replace(whole.state), before, "file")
     other.load_state_dict(sampler.state_dict())
-    assert other._proposal.weights(twin.scores).equal(sampler._proposal.weights(whole.scores))
+    assert other.proposal.weights(twin.scores).equal(sampler.proposal.weights(whole.scores))
     for table, one in ((whole, sampler), (twin, other)):
         table.add(*visits(2), torch.ones(50).double(), 4)
         table.exchange()
         one.learn(1.5, [16.0, 30.0, 30.0])
         one.calibrate()
-    assert drawn(whole, sampler._proposal, 800)[0].equal(drawn(twin, other._proposal, 800)[0])
-    assert drawn(whole, sampler._proposal, 800)[1].equal(drawn(twin, other._proposal, 800)[1])
+    assert drawn(whole, sampler.proposal, 800)[0].equal(drawn(twin, other.proposal, 800)[0])
+    assert drawn(whole, sampler.proposal, 800)[1].equal(drawn(twin, other.proposal, 800)[1])
     assert sampler.state_dict() == other.state_dict()
     assert sampler.gain == other.gain > 1
     for name, tensor in whole.tensors().items():

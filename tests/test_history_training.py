@@ -405,7 +405,7 @@ def test_one_epoch_is_warned_of(tmp_path, caplog):
         (
             "importance_method",
             "memory",
-            "must be one of 'presample', 'history', 'auto', 'two_phase', 'observe', but it is 'memory'",
+            "must be one of None, 'presample', 'history', 'auto', 'two_phase', 'observe', but it is 'memory'",
         ),
         ("importance_budget", "time", "'variance', 'constant_variance', 'constant_time', but it is 'time'"),
         (

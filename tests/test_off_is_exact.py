@@ -5,7 +5,7 @@ import torch
 import toys
 from transformers import Trainer, TrainingArguments
 
-from hf_importance import ImportanceTrainer, Presample
+from hf_importance import Auto, History, ImportanceTrainer, Presample
 
 NEVER = 3.99  # below sqrt(16), so it is a threshold that the arguments accept, and that these short runs never pass
 
@@ -110,5 +110,5 @@ def test_plain_training_arguments_get_the_defaults(tmp_path, digits):
     trainer = toys.run(ImportanceTrainer, toys.vit(), args, digits.select(range(100)))
     given = trainer.importance_args
     assert (given.presample_ratio, given.ratio, given.threshold) == ("auto", None, None)
-    assert trainer.sampler == Presample(ratio=None, threshold=None, budget="constant_variance")
+    assert trainer.sampler == Auto(Presample(budget="constant_variance"), History(budget="constant_variance"))
     assert trainer.state.global_step == 2

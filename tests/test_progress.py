@@ -59,7 +59,8 @@ def test_the_bar_says_what_it_costs_or_would_cost(tmp_path, digits, every_step_d
 
 
 def test_the_bar_says_what_it_costs_while_it_is_on(tmp_path, every_step_drawn, capsys):
-    args = toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, kappa=0.1, disable_tqdm=False)
+    settings = {"importance_method": "presample", "kappa": 0.1, "disable_tqdm": False}
+    args = toys.arguments(tmp_path, presample_ratio="auto", tau_threshold=None, **settings)
     toys.run(ImportanceTrainer, toys.bert(), args, toys.sentences(256), compute_score_func=uneven)
     output, terminal = capsys.readouterr()
     assert re.search(r"IS on \(0\.\d\dx\)", terminal)

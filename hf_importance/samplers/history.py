@@ -110,14 +110,14 @@ class History(Sampler):
     def begin(self, run: Facts) -> None:
         """Forget everything, for a run begins."""
         super().begin(run)
-        self._proposal = Proposal(self.share)
+        self.proposal = Proposal(self.share)
 
     # ---- Decide ----
 
     @property
     def price(self) -> float:
         """What the noise of a uniform step costs, relative to it; infinite while unknown."""
-        known = self._proposal.calibration is not None and self.state.count >= FEWEST_EXAMPLES
+        known = self.proposal.calibration is not None and self.state.count >= FEWEST_EXAMPLES
         return self.margin / self.gain if known else math.inf
 
     def visits(self) -> Visits | None:
@@ -127,21 +127,21 @@ class History(Sampler):
     @property
     def calibration(self) -> Calibration | None:
         """What a remembered score says of today's; None while nothing is known."""
-        return self._proposal.calibration
+        return self.proposal.calibration
 
     def weights(self, index: Tensor) -> Tensor:
         """Give the weights that examples would have if they were drawn now."""
-        return self._proposal.weights(self.run.table.scores[index])
+        return self.proposal.weights(self.run.table.scores[index])
 
     def calibrate(self) -> None:
         """Bring the proposal up to date with the table."""
         table, state = self.run.table, self.state
-        self._proposal.refit(table.scores, table.pairs)
-        calibration = self._proposal.calibration
+        self.proposal.refit(table.scores, table.pairs)
+        calibration = self.proposal.calibration
         if calibration is not None:
             state.edges, state.levels = calibration.edges.tolist(), calibration.levels.tolist()
-            state.counts = self._proposal.counts.tolist()
-            state.promised = self._proposal.promised_gain(0)
+            state.counts = self.proposal.counts.tolist()
+            state.promised = self.proposal.promised_gain(0)
 
     def cheapest(self, otherwise: float) -> Visits | None:
         """Draw by the table where that is cheapest.
@@ -163,7 +163,7 @@ class History(Sampler):
 
     def _by_scores(self) -> Visits:
         """Draw with batches as large as the budget asks for."""
-        run, proposal, fraction = self.run, self._proposal, self._fraction()
+        run, proposal, fraction = self.run, self.proposal, self._fraction()
         left = max(run.updates - run.place(), 1)
         # A draw of all examples would be uniform.
         splits = max(proposal.splits_for(fraction), 2 if fraction == 1 else 1)
@@ -192,7 +192,7 @@ class History(Sampler):
         # Where the last batch is short, or padded to be even over ranks, there are more places than examples.
         batch_size = min(run.batch_size * fraction, run.examples / (length * run.ranks))
         size = math.floor(length * batch_size) * run.ranks
-        index, weights = self._proposal.draw(run.table.scores, size, run.generator(run.draws(), 4), uniform)
+        index, weights = self.proposal.draw(run.table.scores, size, run.generator(run.draws(), 4), uniform)
         self.state.skipped_share = 1 - size / run.examples
         return Visits(index, weights, length, batch_size=batch_size, uniform=uniform)
 
@@ -231,7 +231,7 @@ class History(Sampler):
     def learn(self, tau: float, sums: Sequence[float]) -> None:
         """Average in how the promise was kept, over as many examples however many steps these are."""
         state = self.state
-        if self._proposal.calibration is None:
+        if self.proposal.calibration is None:
             return
         count, uniform_moment, drawn_moment = sums
         step, window = self._window
@@ -289,4 +289,4 @@ class History(Sampler):
                 "Resume from an older checkpoint."
             )
         bounds, means = torch.tensor(edges, dtype=torch.float32), torch.tensor(levels, dtype=torch.float64)
-        self._proposal.take(Calibration(bounds, means), torch.tensor(counts))
+        self.proposal.take(Calibration(bounds, means), torch.tensor(counts))
