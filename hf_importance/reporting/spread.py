@@ -25,7 +25,7 @@ def deviation(values: Sequence[float]) -> float:
     >>> deviation([1.0, 3.0, float("nan")])
     nan
     """
-    return statistics.stdev(values) if math.isfinite(math.fsum(values)) else math.nan
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def mean_and_spread(values: Sequence[float], spread: Callable[[Sequence[float]], float] = deviation) -> str:

@@ -27,8 +27,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import count, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -203,18 +203,11 @@ class History(Sampler):
         firsts = [*range(0, visits.micro_batches, run.accumulation), visits.micro_batches]
         ends = [math.floor(micro * visits.batch_size) * run.ranks for micro in firsts]
         together = visits.weights.split([end - start for start, end in pairwise(ends)])
-        exponents = (exponent_of(step, run.steps(), self.bias, self.bias_until) for step in count(run.step()))
         biased = [
-            bias_weights(own, exponent, self.normalise) for own, exponent in zip(together, exponents, strict=False)
+            bias_weights(own, exponent_of(step, run.steps(), self.bias, self.bias_until), self.normalise)
+            for step, own in enumerate(together, run.step())
         ]
-        return Visits(
-            visits.index,
-            torch.cat(biased),
-            visits.micro_batches,
-            visits.weights,
-            visits.batch_size,
-            uniform=visits.uniform,
-        )
+        return replace(visits, weights=torch.cat(biased), represents=visits.weights)
 
     # ---- Learn ----
 
