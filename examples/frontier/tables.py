@@ -13,6 +13,8 @@ import numpy as np
 from learners import TASKS
 from sides import SIDES
 
+from hf_importance.reporting import spread
+
 MARKS = "<!-- tables -->", "<!-- end of tables -->"
 Row = dict[str, Any]
 
@@ -63,8 +65,8 @@ class Against:
 
 def standard_error(values: Iterable[float]) -> float:
     """Give the standard error of a mean; NaN for one value."""
-    found = list(values)
-    return float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else float("nan")
+    found = [float(value) for value in values]
+    return spread.standard_error(found) if len(found) > 1 else float("nan")
 
 
 def chosen(store: Any, best_rate: Callable[..., float | None]) -> list[Row]:
