@@ -8,7 +8,7 @@ import pytest
 import torch
 import toys
 from accelerate import Accelerator
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
 from hf_importance.ranks import Ranks
@@ -201,6 +201,32 @@ def test_a_change_of_cost_in_mid_run_is_followed(tmp_path, digits, work, on):
     follows = change + (PAIRS // 2 + 1) * (PAIR_EVERY if on else 20) + 1
     assert log[follows]["importance/kappa"] == log[-1]["importance/kappa"] == pytest.approx(0.2, rel=0.02)
     assert log[-1]["importance/active"] == on
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_change_of_cost_is_followed_while_memory_draws(tmp_path, digits, work, accumulation):
+    change, kinds = 150, []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kinds.append(trainer.sampler.source if trainer.sampler.active else None)
+
+    args = toys.arguments(
+        tmp_path, importance_method="auto", importance_budget="constant_variance", tau_threshold=None, max_steps=400,
+        logging_steps=1, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    # A class in ten has ten times the score of the others, so that memory knows whose.
+    trainer = ImportanceTrainer(
+        model=Timed(work, 1.0, 9.0), args=args, train_dataset=Data(digits.select(range(128)), work),
+        compute_score_func=lambda outputs, labels: 1.0 + 9.0 * (labels == 0), callbacks=[Note()],
+    )  # fmt: skip
+    trainer.model.seconds = lambda: (1.0, 9.0) if trainer.state.global_step < change else (4.0, 16.0)
+    trainer.train()
+    log = log_of(trainer)
+    assert log[change - 1]["importance/kappa"] == pytest.approx(0.1, rel=0.02)
+    follows = change + (PAIRS // 2 + 1) * max(20 // accumulation, PAIR_EVERY) + 1
+    assert log[follows]["importance/kappa"] == log[-1]["importance/kappa"] == pytest.approx(0.2, rel=0.02)
+    assert set(kinds[change:follows]) == {"history"}
 
 
 class Steps:

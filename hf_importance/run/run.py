@@ -194,8 +194,9 @@ class Run:
             self._decide()
         if not self.feed.visiting:
             return None
+        self.clock.begin_step()
         self.commit()
-        self.clock.goes_on(wanted=False)
+        self.clock.goes_on(self.sampler.timed and self.pools.precision.known)
         return self._visit(count) if self.watch.barred is None else None
 
     def _decide(self) -> None:
@@ -246,7 +247,9 @@ class Run:
         device = self.clock.device
         nothing = [merge_rows(handed.batches[:1], [slice(0, 0)], self.feed.padding)] * handed.left_out
         batches, count = self._handed(([*nothing, *handed.batches], torch.full((), items, device=device)))
-        return [to_device(batch, device) for batch in batches], count  # as the Trainer's loader does
+        batches = [to_device(batch, device) for batch in batches]  # as the Trainer's loader does
+        self.clock.probe(step.number, examples, lambda: self.pools.probe(batches[step.left_out]))
+        return batches, count
 
     def _visit_pools(self, handed: Handed, planned: Pool) -> tuple[list, Tensor] | None:
         """Score what visits name, and keep a part; None where importance sampling is off for good from now on."""
