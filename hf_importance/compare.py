@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
 import shlex
 import statistics
 import subprocess
@@ -96,6 +97,9 @@ class Comparison:
 
     def verdict(self) -> str:
         """Say in one sentence whether importance sampling was worth its compute, with a 95 % interval over seeds."""
+        broken = {row.side: None for row in self.rows if not math.isfinite(row.metrics[self.metric])}
+        if broken:
+            return f"none, since {self.metric} is not a finite number in each run of {', '.join(broken)}."
         if not any(self.of("importance", lambda row: row.steps_on)):
             costs = [row.lowest_cost for row in self.rows if row.lowest_cost is not None]
             cost = f", cost of a step at equal noise never below {min(costs):.2f}" if costs else ""
@@ -118,8 +122,7 @@ class Comparison:
         return f"{size} at equal compute ({spread}) {against}."
 
     def _amount(self, value: float) -> str:
-        shares = all(0 <= found <= 1 for side in SIDES for found in self.of(side))
-        points = shares and "loss" not in self.metric
+        points = "loss" not in self.metric and all(0 <= found <= 1 for side in SIDES for found in self.of(side))
         return f"{100 * value:.2g} points" if points else f"{value:.2g} of {self.metric.removeprefix('eval_')}"
 
     def table(self) -> str:
@@ -233,9 +236,7 @@ def compare(
 def _row(side: str, seed: int, state: TrainerState) -> Row:
     metrics = next((evaluated(entry) for entry in reversed(state.log_history) if evaluated(entry)), None)
     if metrics is None:
-        raise ValueError(
-            f"The run {side}-{seed} left no evaluation in its log: call trainer.evaluate() after train()."
-        )
+        raise ValueError(f"The run {side}-{seed} has logged no evaluation: call trainer.evaluate() after train().")
     end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
     own = {name.removeprefix(PREFIX): value for name, value in end.items() if name.startswith(PREFIX)}
     compute = relative_compute(end) if "examples_scored" in own else 1.0

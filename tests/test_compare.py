@@ -1,6 +1,7 @@
 """``hf_importance.compare``: its verdict on runs that are given, and all sides of a real script and of a function."""
 
 import csv
+import math
 import sys
 
 import pytest
@@ -50,6 +51,13 @@ def test_of_a_loss_less_is_better_and_there_are_no_points():
     assert found.startswith(
         "0.1 of loss better at equal compute (±0, 95 % over 3 seeds) than plain training with fewer"
     )
+
+
+def test_of_runs_that_came_to_nothing_there_is_no_verdict_but_which_they_are():
+    runs = rows("eval_loss", plain=[1.0, float("nan")], short=[1.5] * 2, small=[1.9] * 2, importance=[math.inf, 1.4])
+    found = Comparison(runs, "eval_loss")
+    assert found.verdict() == "none, since eval_loss is not a finite number in each run of plain, importance."
+    assert found.table().splitlines()[1].split()[-1] == "nan"
 
 
 def test_one_seed_has_no_interval_and_says_so():
@@ -107,7 +115,7 @@ def test_the_two_that_cost_as_much_get_the_steps_and_the_batch_and_seeds_take_tu
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="not all evaluated by eval_f1, but by eval_loss, eval_accuracy"):
         compare(lambda output_dir, **changes: state(**changes), (0,), "f1", output_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"plain-0 left no evaluation in its log: call trainer\.evaluate"):
+    with pytest.raises(ValueError, match=r"plain-0 has logged no evaluation: call trainer\.evaluate"):
         compare(lambda **changes: TrainerState(log_history=[{"loss": 1.0}]), (0,), output_dir=tmp_path)
 
 

@@ -200,7 +200,7 @@ def run(size: Size, train: tasks.Pictures, seed: int) -> tuple[list[dict], list[
     transformers.set_seed(seed)
     model = new_model(size, train.pixels.shape[1], int(train.labels.max()) + 1)
     # Trainer moves the model to its device; the optimizer's parameters must be there before.
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randperm(len(train), generator=generator)[: size.pool]
     rows: list[dict] = []

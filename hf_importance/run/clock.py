@@ -2,12 +2,12 @@
 
     κ = (waiting for an example + scoring it) / (waiting for an example + training on it)
 
-Both sides of it are timed in one step, as a *pair*: while nothing is scored, in uniform steps and in those by memory, a
-batch is scored for its time alone just before it is trained on; while pools are scored anyway these are held against
-the training pass of their own step. So whatever slows the machine, and however long the inputs are, falls on both. κ is
-the median of the last nine pairs; the first five steps give one each, then one step gives one as often as that costs
-half a percent of the run, and at most every sixteenth. So κ follows a change of load, or of lengths, within a few
-pairs.
+Both sides of it are timed in one step, as a *pair*: while nothing is scored, in uniform steps and in those by memory,
+a batch is scored for its time alone just before it is trained on; while pools are scored anyway these are held
+against the training pass of their own step. So whatever slows the machine, and however long the inputs are, falls on
+both. κ is the median of the last nine pairs; the first five steps give one each, then one step gives one as often as
+that costs half a percent of the run, and at most every sixteenth. So κ follows a change of load, or of lengths,
+within a few pairs.
 
 On an accelerator the times are those between events on its stream, which hold what the device spent idle for data or
 for the host; they are read where the step's figures are, once a pair. On a CPU the times are the process's own, all of
