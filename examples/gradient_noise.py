@@ -53,6 +53,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_importance import History, ImportanceTrainer, ImportanceTrainingArguments, estimate_tau, resample
 from hf_importance.heads.choose import head_of
 from hf_importance.objective.batch_norm import FEWEST_FOR_BATCH_NORM, batch_norm_layers
+from hf_importance.reporting.markdown import line, lines
 from hf_importance.samplers.sampler import Facts, Visits
 from hf_importance.theory.calibration import InTraining, pair_sums
 from hf_importance.theory.costs import plan
@@ -331,6 +332,12 @@ class Perceptron(nn.Module):
         return {**loss, "logits": logits}
 
 
+def print_head(*names: str, kinds: Sequence[str] = (), text: int = 0) -> None:
+    """Print the head of a table, with two columns for each kind."""
+    pairs = [f"{kind}: {what}" if what == "cost" else what for kind in kinds for what in ("cost", "noise")]
+    print(*lines([*names, *pairs], text=text), sep="\n", flush=True)
+
+
 def perceptrons(kinds: list[str], kappa: float) -> None:
     """Train perceptrons on 2,000 points of four classes, one in twenty with a random label; print a row each."""
     generator = torch.Generator().manual_seed(3)
@@ -340,8 +347,7 @@ def perceptrons(kinds: list[str], kappa: float) -> None:
     labels = torch.where(noisy, torch.randint(0, 4, (2000,), generator=generator), labels)
     rows = [{"x": points[i], "labels": labels[i]} for i in range(2000)]
     task = SimpleNamespace(train=rows, collator=default_collate)
-    print("| dropout | steps | tau | " + " | ".join(f"{kind}: cost | noise" for kind in kinds) + " |")
-    print("|--:|--:|--:|" + "--:|--:|" * len(kinds), flush=True)
+    print_head("dropout", "steps", "tau", kinds=kinds)
     for dropout, steps in itertools.product((0.0, 0.1, 0.3), (150, 600)):
         model = Perceptron(dropout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -351,12 +357,12 @@ def perceptrons(kinds: list[str], kappa: float) -> None:
             model(points[drawn], labels[drawn])["loss"].backward()
             optimizer.step()
         cells = measure(model, task, list(range(2000)), 32, kappa, "train", kinds)
-        print("| " + " | ".join([f"{dropout}", f"{steps}", *cells]) + " |", flush=True)
+        print(line([dropout, steps, *cells]), flush=True)
 
 
 def by_history(task: Task, size: int, settings: argparse.Namespace) -> None:
     """Train a task by history and print a row an epoch."""
-    print("| epoch | batch | scores | gain | of scores | of norms | mean | noise |\n|--:|" + "--:|" * 7, flush=True)
+    print_head("epoch", "batch", "scores", "gain", "of scores", "of norms", "mean", "noise")
     sampler, cells = Watched(budget="constant_variance", margin=settings.margin), []
 
     def measured(model: nn.Module, epoch: int) -> None:
@@ -365,7 +371,7 @@ def by_history(task: Task, size: int, settings: argparse.Namespace) -> None:
     def row(epoch: int) -> None:
         if sampler.steps:
             batch, drawn, uniform = torch.tensor(sampler.steps, dtype=torch.float64).mean(0).tolist()
-            print(f"| {epoch} | {batch:.2f} | {drawn / uniform:.2f} | " + " | ".join(cells) + " |", flush=True)
+            print(line([epoch, f"{batch:.2f}", f"{drawn / uniform:.2f}", *cells]), flush=True)
         sampler.steps, cells[:] = [], []
 
     torch.manual_seed(settings.seed)
@@ -418,13 +424,12 @@ def main() -> None:
         if settings.history:
             by_history(task, size, settings)
             continue
-        print("| epoch | mode | tau | " + " | ".join(f"{kind}: cost | noise" for kind in settings.kinds) + " |")
-        print("|--:|---|--:|" + "--:|--:|" * len(settings.kinds), flush=True)
+        print_head("epoch", "mode", "tau", kinds=settings.kinds, text=2)
 
         def rows(model: nn.Module, epoch: int, task=task, size=size, index=index) -> None:
             for mode in settings.modes:
-                cells = [f"{epoch}", mode, *measure(model, task, index, size, settings.kappa, mode, settings.kinds)]
-                print("| " + " | ".join(cells) + " |", flush=True)
+                cells = [epoch, mode, *measure(model, task, index, size, settings.kappa, mode, settings.kinds)]
+                print(line(cells), flush=True)
 
         torch.manual_seed(settings.seed)
         arguments = arguments_of(TrainingArguments, task, settings.seed)

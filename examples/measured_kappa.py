@@ -21,6 +21,7 @@ import transformers
 from remembered_scores import TASKS, Task
 
 from hf_importance import ImportanceTrainer, ImportanceTrainingArguments
+from hf_importance.reporting.markdown import lines
 
 # Whatever it costs, so that it is on.
 ALWAYS = {"on_below": 1e9, "off_above": 1e9}
@@ -69,10 +70,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"| task | measured | {' | '.join(f'{busy} beside' for busy in settings.busy)} | largest / smallest | load |"
-    )
-    print("|---|---|" + "--:|" * (len(settings.busy) + 2))
+    beside_it = [f"{busy} beside" for busy in settings.busy]
+    head = ["task", "measured", *beside_it, "largest / smallest", "load"]
+    for line in lines(head, rows(settings), text=2):
+        print(line, flush=True)
+
+
+def rows(settings: argparse.Namespace) -> Iterator[list[str]]:
+    """Measure, and give the cells of a line when they are there."""
     for name in settings.tasks:
         task = TASKS[name](settings.data, settings.models)
         for kind in KINDS:
@@ -81,9 +86,9 @@ def main() -> None:
                 with beside(busy):
                     found.append(measure(task, kind, settings.steps))
             for what, values in zip(("κ", "α"), zip(*found, strict=True), strict=False):
-                cells = " | ".join(f"{value:.3f}" for value in values)
                 ratio = max(values) / min(values) if min(values) > 0 else float("inf")
-                print(f"| {name} | {what}, {kind} | {cells} | {ratio:.3f} | {os.getloadavg()[0]:.1f} |", flush=True)
+                cells = [f"{value:.3f}" for value in (*values, ratio)]
+                yield [name, f"{what}, {kind}", *cells, f"{os.getloadavg()[0]:.1f}"]
 
 
 if __name__ == "__main__":

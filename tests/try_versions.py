@@ -16,6 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_importance.reporting.markdown import line, lines
+
 ROOT = Path(__file__).parents[1]
 PART = ["off_is_exact", "right_or_off", "normalisation", "resume", "resume_distributed", "faults", "saved_state"]
 PART += ["changed_settings", "sampler_laws"]
@@ -45,8 +47,8 @@ def install(folder: Path, wanted: list[str]) -> Path:
     return python
 
 
-def row(python: Path | str) -> tuple[str, bool]:
-    """Run the part, and give its row of the table and whether nothing failed."""
+def row(python: Path | str) -> tuple[list[object], bool]:
+    """Run the part, and give the cells of its line of the table and whether nothing failed."""
     names = ", ".join(f"'{name}'" for name in SHOWN)
     code = f"import platform, importlib.metadata as m; print(platform.python_version(), *map(m.version, [{names}]))"
     versions = run(python, "-c", code, capture_output=True, check=True).stdout.split()
@@ -59,7 +61,7 @@ def row(python: Path | str) -> tuple[str, bool]:
     total, skipped = int(counts["tests"]), int(counts["skipped"])
     failed = int(counts["failures"]) + int(counts["errors"])
     cells = [*versions, total - skipped - failed, skipped, failed, f"{float(counts['time']):.0f} s"]
-    return "| " + " | ".join(map(str, cells)) + " |", failed == 0
+    return cells, failed == 0
 
 
 def made(sets: list[list[str]]) -> Iterator[Path]:
@@ -83,11 +85,11 @@ def main() -> None:
     if given.torch:
         sets = [[given.torch, *(name for name in wanted if not name.startswith("torch"))] for wanted in sets]
     fine = True
-    print("| Python |", " | ".join(SHOWN), "| passed | skipped | failed | took |")
-    print("|---" * 5 + "|--:" * 4 + "|", flush=True)
+    versions = ["Python", *SHOWN]
+    print(*lines([*versions, "passed", "skipped", "failed", "took"], text=len(versions)), sep="\n", flush=True)
     for python in given.python or made(sets):
-        line, passed = row(python)
-        print(line, flush=True)
+        cells, passed = row(python)
+        print(line(cells), flush=True)
         fine = fine and passed
     sys.exit(not fine)
 

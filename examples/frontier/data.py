@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,7 @@ class Splits:
         test: Reported.
         classes: Of the labels.
         words: Of the vocabulary, 0 for pictures.
+        pretrained: Folder of the model that is fine-tuned; None: it is trained from its own initialisation.
     """
 
     train: Examples
@@ -78,12 +80,13 @@ class Splits:
     test: Examples
     classes: int
     words: int = 0
+    pretrained: Path | None = None
 
 
-def split(training: Examples, test: Examples, size: int, validation: int, **counts: int) -> Splits:
+def split(training: Examples, test: Examples, size: int, validation: int, **others: Any) -> Splits:
     """Train on the first ``size`` of the training rows, validate on the last ``validation`` of them."""
     held_out = training.part(len(training) - validation, len(training))
-    return Splits(training.part(0, size), Examples(held_out.tensors), test, **counts)
+    return Splits(training.part(0, size), Examples(held_out.tensors), test, **others)
 
 
 @lru_cache(maxsize=2)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import data
+import torch
 from data import Splits
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForImageClassification, GPT2Config, GPT2LMHeadModel
 
 SMALL_TEXT = 64  # characters of a window
 
@@ -60,6 +61,27 @@ class Residual(nn.Module):
         """Give the block's outputs."""
         hidden = self.norm1(self.conv1(x)).relu()
         return (self.norm2(self.conv2(hidden)) + self.shortcut(x)).relu()
+
+
+class Frozen(nn.Module):
+    """A pretrained image classifier whose BatchNorm stays as it was trained, for each side alike."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.net = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+        self.net.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Switch all layers but those."""
+        super().train(mode)
+        for layer in self.net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Give logits of bytes."""
+        return self.net(pixel_values=pixels.float().div(255).sub(0.47).div(0.25)).logits
 
 
 def resnet(parts: Splits, width: int = 12, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
@@ -156,6 +178,18 @@ def _animals(folder: Path, models: Path) -> Splits:
     return data.split(data.Examples(train.tensors, data.flips_and_crops), test, 18000, 2000, classes=2)
 
 
+def _all_classes(folder: Path, models: Path) -> Splits:
+    """Six thousand pictures of all ten classes, for a network that has learnt them before they were made JPEG."""
+    train, test = data.pictures(folder / "cifar10_jpeg_20k")
+    train = data.Examples(train.tensors, data.flips_and_crops)
+    return data.split(train, test, 6000, 2000, classes=10, pretrained=models / "cifar_resnet20")
+
+
+def _pretrained(parts: Splits) -> nn.Module:
+    assert parts.pretrained is not None
+    return Classifier(Frozen(parts.pretrained))
+
+
 def _texts(name: str, size: int, validation: int, classes: int) -> Callable[[Path, Path], Splits]:
     def load(folder: Path, models: Path) -> Splits:
         train, test, words = data.texts(folder / name, models)
@@ -198,6 +232,10 @@ TASKS = {
         budgets=(0.5, 1, 2),
         afterwards=True,
         **{**SGD, "rates": (0.02, 0.05, 0.1)},
+    ),
+    # Fine-tuning proper. A step takes a quarter of a second, so it is short, and has few plain lengths.
+    "pictures, fine-tuned": Task(
+        True, _all_classes, _pretrained, 64, 2, (0.003, 0.01, 0.03), budgets=(0.5, 1, 2), sgd=True
     ),
     "reviews, few": Task(
         False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM

@@ -9,10 +9,18 @@ import numpy as np
 from learners import TASKS
 from tables import Row, plain_curve, points
 
+from hf_importance.reporting import palette
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHOWN = {"presample": "C0", "k=1/2": "C1", "k=0": "C5", "history": "C2", "auto": "C3", "InfoBatch": "C4"}
+SHOWN = {
+    "presample": palette.ORANGE,
+    "k=1/2": palette.GREEN,
+    "history": palette.SKY,
+    "auto": palette.OURS,
+    "InfoBatch": palette.PURPLE,
+}
 SHAPES = {0.0: "s", 1 / 3: "o", 0.17: "^"}
 
 
@@ -33,8 +41,8 @@ def draw(rows: list[Row], file: Path) -> None:
                 strict=True,
             )
         )
-        panel.plot(at, mean, "k.-", label="plain")
-        panel.fill_between(at, mean - deviation, mean + deviation, color="k", alpha=0.15, linewidth=0)
+        panel.plot(at, mean, ".-", color=palette.PLAIN, label="plain")
+        panel.fill_between(at, mean - deviation, mean + deviation, color=palette.PLAIN, alpha=0.15, linewidth=0)
         for point in found:
             if point.task == task and point.side in SHOWN and point.kappa in SHAPES:
                 name = f"{point.side}, κ {point.kappa:.2f}" if point.kappa else point.side

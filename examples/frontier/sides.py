@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def splits(task: str, folder: Path, models: Path, share: float) -> Splits:
     kept = [
         part.part(0, max(math.ceil(len(part) * share), 256)) for part in (found.train, found.validation, found.test)
     ]
-    return Splits(*kept, classes=found.classes, words=found.words)
+    return replace(found, **dict(zip(("train", "validation", "test"), kept, strict=True)))
 
 
 def run(job: Job, folder: Path, models: Path, share: float = 1.0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from learners import TASKS
 from sides import SIDES
 
 from hf_importance.reporting import spread
+from hf_importance.reporting.markdown import table
 
 MARKS = "<!-- tables -->", "<!-- end of tables -->"
 Row = dict[str, Any]
@@ -135,13 +136,9 @@ def _percent(value: float, deviation: float | None = None, sign: str = "") -> st
 def table_of(all_points: list[Point], task: str) -> str:
     """Write the table of a task."""
     curve = plain_curve(all_points, task)
-    lines = [
-        f"### {task}",
-        "",
-        "| | κ | steps | rate | seeds | compute | CPU s | on | test error, % | test loss | against plain, points "
-        "| loss against plain | multiplier |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["", "κ", "steps", "rate", "seeds", "compute", "CPU s", "on", "test error, %", "test loss"]
+    head += ["against plain, points", "loss against plain", "multiplier"]
+    lines = []
     for point in sorted((p for p in all_points if p.task == task), key=_rank):
         compared = None if point.side == "plain" else against(point, curve)
         cells = [
@@ -161,17 +158,15 @@ def table_of(all_points: list[Point], task: str) -> str:
         else:
             cells.append(_percent(compared.difference, compared.deviation, "+"))
             cells += [f"{compared.loss:+.3f}", f"{compared.bound}{compared.multiplier:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return f"### {task}\n\n{table(head, lines)}"
 
 
 def summary(all_points: list[Point]) -> str:
     """Write, a line a side, the multipliers, and on how many tasks it is better and worse."""
-    lines = [
-        "| | κ | steps | tasks | multiplier where more was expected to help | where it did | better by 2 se "
-        "| worse by 1 se | mean difference, points |",
-        "|---|--:|--:|--:|--:|--:|---|---|--:|",
-    ]
+    head = ["", "κ", "steps", "tasks", "multiplier where more was expected to help", "where it did"]
+    head += ["mean difference, points", "better by 2 se", "worse by 1 se"]
+    lines = []
     expected = {name for name, task in TASKS.items() if task.more_helps}
     did = {task for task, (gain, deviation) in doubled(all_points).items() if gain < -2 * deviation}
     groups: dict[tuple, dict[str, Against]] = defaultdict(dict)
@@ -183,10 +178,10 @@ def summary(all_points: list[Point]) -> str:
         better = [task for task, one in found.items() if one.difference < -2 * one.deviation]
         worse = [task for task, one in found.items() if one.difference > one.deviation]
         cells = [side, f"{kappa:.2f}" if kappa else "", f"{budget:g}" if budget else "", str(len(found))]
-        cells += [_multiplier(found, expected), _multiplier(found, did), _named(better), _named(worse)]
+        cells += [_multiplier(found, expected), _multiplier(found, did)]
         cells.append(_percent(np.mean([one.difference for one in found.values()]), sign="+"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([*cells, _named(better), _named(worse)])
+    return table(head, lines)
 
 
 def _multiplier(found: dict[str, Against], tasks: set[str]) -> str:
@@ -216,13 +211,12 @@ def doubled(all_points: list[Point]) -> dict[str, tuple[float, float]]:
 
 def plain_helped(all_points: list[Point]) -> str:
     """Write what twice the plain compute brings."""
+    head = ["", "more was expected to help", "test error of two base runs minus that of one, points"]
     lines = [
-        "| | more was expected to help | test error of two base runs minus that of one, points |",
-        "|---|---|--:|",
+        [task, "yes" if TASKS[task].more_helps else "no", _percent(gain, deviation, "+")]
+        for task, (gain, deviation) in doubled(all_points).items()
     ]
-    for task, (gain, deviation) in doubled(all_points).items():
-        lines.append(f"| {task} | {'yes' if TASKS[task].more_helps else 'no'} | {_percent(gain, deviation, '+')} |")
-    return "\n".join(lines)
+    return table(head, lines, text=2)
 
 
 def write(rows: list[Row], page: Path) -> None:

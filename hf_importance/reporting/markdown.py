@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) -> str:
@@ -21,9 +21,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) 
     |---|--:|
     | plain | 0.5 |
     """
-    lines = [[str(cell) for cell in line] for line in (head, *rows)]
-    for line in lines:
-        if len(line) != len(head):
-            raise ValueError(f"A line has {len(line)} cells and the head {len(head)}: {line}.")
-    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([first, "|" + "---|" * text + "--:|" * (len(head) - text), *rest])
+    return "\n".join(lines(head, rows, text))
+
+
+def lines(head: Sequence[str], rows: Iterable[Sequence[object]] = (), text: int = 1) -> Iterator[str]:
+    """Give the lines of :func:`table`, each as soon as its row is there; of no rows those of the head."""
+    yield line(head)
+    yield "|" + "---|" * text + "--:|" * (len(head) - text)
+    for cells in rows:
+        if len(cells) != len(head):
+            raise ValueError(f"A line has {len(cells)} cells and the head {len(head)}: {list(map(str, cells))}.")
+        yield line(cells)
+
+
+def line(cells: Iterable[object]) -> str:
+    """Give one line of a table, where rows come from callbacks."""
+    return f"| {' | '.join(map(str, cells))} |"
