@@ -20,6 +20,15 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+# Files of few tests behind one long launch. Begun last they would be waited for by the other process.
+LONG = ("test_waits", "test_distributed", "test_history_ranks", "test_notebooks", "test_gpu_command", "test_learning")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish():
     """Have the garbage collector, whom every training calls, pass over all modules: 0.1 s a run, of tiny ones most."""
     gc.collect()

@@ -10,7 +10,7 @@ from test_history import ALONE
 from transformers import DataCollatorWithPadding
 
 from hf_importance import ImportanceTrainer, Pool, Presample
-from hf_importance.batches.lengths import sort_by_length
+from hf_importance.batches.lengths import passes_by_length, sort_by_length
 from hf_importance.batches.pool import Padding, PooledBatches
 from hf_importance.heads.choose import head_of
 from hf_importance.heads.tasks import ClassificationHead
@@ -91,22 +91,41 @@ def test_scores_are_those_of_the_unsorted_texts():
     torch.testing.assert_close(plain.sort().values, ordered.sort().values, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_scores_fewer_tokens_than_it_loads(tmp_path, monkeypatch):
-    seen = {"scored": 0, "needed": 0}
-    score = Scorer.__call__
+@pytest.mark.parametrize("size", [None, 5, 16])
+def test_scores_of_texts_sorted_by_length_stand_where_the_pool_has_them(size):
+    model, batches = toys.bert(dropout=0.3), batches_of(8, texts(32))
+    plain = toys.score_pool(model, PooledBatches(batches, Padding()), HEAD, size=size)
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    pool = PooledBatches(batches, Padding(), lengths)
+    assert passes_by_length(pool, size) is not None
+    torch.testing.assert_close(toys.score_pool(model, pool, HEAD, size=size), plain, rtol=1e-5, atol=1e-6)
+    # Where one batch's are not known, or all are as long, they are scored as they came.
+    assert passes_by_length(PooledBatches(batches, Padding(), [*lengths[:-1], None]), size) is None
+    alike = batches_of(8, texts(1) * 32)
+    assert passes_by_length(PooledBatches(alike, Padding(), [b["attention_mask"].sum(1) for b in alike]), size) is None
 
-    def counted(self, pool, *args):
-        for batch in pool.batches[1:]:
-            seen["scored"] += batch["input_ids"].numel()
-            seen["needed"] += int(batch["attention_mask"].sum())
-        return score(self, pool, *args)
 
-    monkeypatch.setattr(Scorer, "__call__", counted)
+@pytest.mark.parametrize("method", ["presample", "auto"])
+def test_a_run_scores_few_tokens_that_are_padding_its_own_batch_among_them(tmp_path, method):
+    seen, model = [], toys.bert()
+
+    def count(module, args, kwargs):
+        if not module.training:
+            seen.append((kwargs["input_ids"].numel(), int(kwargs["attention_mask"].sum()), len(kwargs["input_ids"])))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    args = toys.always_on(tmp_path, scoring_batch_size=8, max_steps=6, importance_method="presample")
+    if method == "auto":  # whose collator knows the indices, so the lengths come with the batch
+        settings = {"importance_method": "auto", "tau_threshold": None, "kappa": 0.05}
+        args = toys.arguments(tmp_path, scoring_batch_size=8, max_steps=12, momentum=0.0, calibrate=False, **settings)
+    score = {"compute_score_func": lambda outputs, labels: torch.where(labels == 0, 1.0, 1e-3)}
     data = Dataset.from_list(texts(96))
-    args = toys.always_on(tmp_path, scoring_batch_size=8, max_steps=6)
-    toys.run(ImportanceTrainer, toys.bert(), args, data, data_collator=DataCollatorWithPadding(Tokenizer()))
-    # As they were loaded, padded to the longest of 16, they would be more than 3 times as many.
-    assert 0 < seen["scored"] < 2 * seen["needed"]
+    toys.run(ImportanceTrainer, model, args, data, data_collator=DataCollatorWithPadding(Tokenizer()), **score)
+    scored, needed, rows = map(sum, zip(*seen, strict=True))
+    # As they were loaded, padded to the longest of 16, they would be more than 3 times as many; with only what
+    # completes a pool sorted by length 2.2 and 3.1 times.
+    assert rows > 200 and needed < scored < 1.6 * needed
+    assert max(count for _, _, count in seen) <= 8
 
 
 class Lazy(torch.nn.Module):

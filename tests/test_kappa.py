@@ -1,5 +1,6 @@
 """kappa is what scoring costs against training: of pairs in the whole run, saved, the same on all ranks."""
 
+import itertools
 import json
 import time
 from types import SimpleNamespace
@@ -400,8 +401,14 @@ SETTINGS = {
 CHECKPOINTS = (2, 4, 8, 14, 32, 62, 78)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("method", SETTINGS)
+QUICK = [("presample", 1), ("auto", 2)]
+REST = [one for one in itertools.product(SETTINGS, (1, 2)) if one not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulation"),
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)],  # 8 to 13 s each
+)
 def test_a_resumed_run_measures_and_decides_the_same(tmp_path, digits, work, method, accumulation):
     data = Data(digits.select(range(320)), work)
 

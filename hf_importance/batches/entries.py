@@ -13,6 +13,7 @@ WEIGHTS = "importance_weights"  # a batch entry, shape (b,): what each example's
 # A batch entry, int64, shape (b,): which examples of the training set it holds. Of NumPy's, so that whoever moves a
 # batch to the device leaves it where it is read.
 INDEX = "importance_index"
+LENGTHS = "importance_lengths"  # likewise: the columns of each text behind which there is only padding
 IGNORED_LABEL = -100  # the label that losses of transformers leave out
 # Entries of a batch of text that have one column a token.
 TOKEN_ENTRIES = frozenset(
@@ -57,4 +58,4 @@ def without_index(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None
     """Split a batch into what the model takes and the indices of its examples, if it carries them."""
     if INDEX not in inputs:
         return inputs, None
-    return {name: value for name, value in inputs.items() if name != INDEX}, index_of(inputs)
+    return {name: value for name, value in inputs.items() if name not in (INDEX, LENGTHS)}, index_of(inputs)

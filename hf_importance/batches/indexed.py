@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hf_importance.batches.entries import INDEX
+from hf_importance.batches.entries import INDEX, LENGTHS
+from hf_importance.batches.lengths import ends_of
 from hf_importance.batches.reading import fetch
 
 
@@ -67,7 +68,7 @@ class IndexedDataset(Dataset):
 
 
 class IndexedCollator:
-    """Collates examples as ``collate`` does, and adds their indices to the batch.
+    """Collates examples as ``collate`` does, and adds their indices to the batch, and of texts the lengths.
 
     Args:
         collate: Makes a batch of a list of examples.
@@ -83,4 +84,7 @@ class IndexedCollator:
         if not isinstance(batch, Mapping):
             return batch
         index = np.array([visit.index for visit in visits], dtype=np.int64)
-        return {**batch, INDEX: torch.from_numpy(index) if self.shared else index}
+        if self.shared:
+            return {**batch, INDEX: torch.from_numpy(index)}
+        lengths = ends_of(batch)  # a batch on the device cannot be asked without waiting for it
+        return {**batch, INDEX: index} | ({} if lengths is None else {LENGTHS: lengths.numpy()})

@@ -9,19 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, TOKEN_ENTRIES, batch_size_of
-from hf_importance.batches.pool import Padding, cut, has_columns, merge_rows
+from hf_importance.batches.entries import IGNORED_LABEL, LENGTHS, TOKEN_ENTRIES, batch_size_of
+from hf_importance.batches.pool import Padding, PooledBatches, cut, has_columns, merge_rows
 from hf_importance.batches.reserve import split_evenly
 
 
 def lengths_of(batch: Any, padding: Padding) -> Tensor | None:
     """Give the columns of each text behind which there is only padding; int64, shape ``(b,)``, where the batch is.
 
-    None where that is not known: no attention mask, padding on the left (leaving it out would move positions), or
-    entries whose columns may mean something else.
+    None where that is not known, or where it is padded on the left: leaving that out would move positions.
+    """
+    return ends_of(batch) if padding.side == "right" else None
+
+
+def lengths_on_host(batch: Mapping[str, Any], padding: Padding) -> Tensor | None:
+    """Give the same without waiting for a device: of a batch on the CPU, or one that says it. Else None."""
+    if LENGTHS in batch and padding.side == "right":
+        return torch.from_numpy(batch[LENGTHS])
+    mask = batch.get("attention_mask")
+    return lengths_of(batch, padding) if isinstance(mask, Tensor) and mask.device.type == "cpu" else None
+
+
+def lengths_on_device(pool: PooledBatches) -> list[Tensor]:
+    """Give the lengths of each batch of a pool where the host does not know them; empty where nobody does."""
+    found = [] if pool.lengths is not None else [lengths_of(batch, pool.padding) for batch in pool.batches]
+    known = [one for one in found if one is not None]
+    return known if len(known) == len(found) else []
+
+
+def ends_of(batch: Any) -> Tensor | None:
+    """Give the columns behind the last one of each text that is no padding; int64, shape ``(b,)``.
+
+    None where that is not known: no attention mask, or entries whose columns may mean something else.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or padding.side != "right":
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batch.items()):
         return None
@@ -52,6 +74,26 @@ def sort_by_length(batches: Sequence[Any], size: int, padding: Padding) -> list[
     assert lengths is not None
     parts = lengths.argsort(stable=True).split(split_evenly(len(lengths), size))
     return [merge_rows([cut(merged, int(lengths[rows].max()), padding)], [rows], padding) for rows in parts]
+
+
+def passes_by_length(pool: PooledBatches, size: int | None) -> list[Tensor] | None:
+    """Say which texts of a pool are scored together, so that those of alike length are.
+
+    Args:
+        pool: Its own batch came as it was drawn; what completes it may be sorted already.
+        size: Texts of a pass, at most; None: those of the largest batch.
+
+    Returns:
+        The rows of each pass, int64, ascending; None where the host does not know all lengths, or nothing is saved.
+    """
+    if pool.lengths is None:
+        return None
+    parts = pool.lengths.argsort(stable=True).split(split_evenly(len(pool), size or max(pool.sizes)))
+    widths = [batch["attention_mask"].shape[1] for batch in pool.batches]
+    tokens = sum(width * rows for width, rows in zip(widths, pool.sizes, strict=True))
+    if sum(len(rows) * int(pool.lengths[rows].max()) for rows in parts) >= tokens:
+        return None
+    return [rows.sort().values for rows in parts]
 
 
 def in_passes(rest: list[Any], size: int, batch_size: int, padding: Padding) -> list[Any]:

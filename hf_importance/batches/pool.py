@@ -164,11 +164,14 @@ class PooledBatches:
     Args:
         batches: The own batch first, then the reserve; on the device.
         padding: How rows of different batches are brought together.
+        lengths: Columns of each text that are no padding, on the CPU; None where the host does not know them all.
     """
 
-    def __init__(self, batches: Sequence[Any], padding: Padding) -> None:
+    def __init__(self, batches: Sequence[Any], padding: Padding, lengths: Sequence[Tensor | None] = (None,)) -> None:
         self.batches = list(batches)
         self.padding = padding
+        known = [one for one in lengths if one is not None]
+        self.lengths = torch.cat(known) if len(known) == len(lengths) else None
         self.sizes = [batch_size_of(batch) for batch in self.batches]
 
     def __len__(self) -> int:
@@ -196,6 +199,11 @@ class PooledBatches:
                 yield batch  # as it came, without a copy
             else:
                 yield merge_rows([batch for batch, _, _ in parts], [row for _, row, _ in parts], self.padding)
+
+    def texts(self, rows: Tensor) -> Any:
+        """Gather texts whose lengths the host knows, no wider than the longest; ``rows`` as for :meth:`take`."""
+        assert self.lengths is not None
+        return self.take(rows, int(self.lengths[rows].max()))[0]
 
     def take(self, index: Tensor, width: int | None = None) -> tuple[Any, Tensor]:
         """Gather examples into one batch.

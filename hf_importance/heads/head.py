@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_importance.batches.entries import IGNORED_LABEL, INDEX, WEIGHTS
+from hf_importance.batches.entries import IGNORED_LABEL, INDEX, LENGTHS, WEIGHTS
 
 
 class Head:
@@ -67,7 +67,7 @@ class Head:
         if missing:
             raise ValueError(
                 f"A batch of train_dataset has no {' and no '.join(map(repr, missing))}, only "
-                f"{sorted(inputs.keys() - {INDEX})}. "
+                f"{sorted(inputs.keys() - {INDEX, LENGTHS})}. "
                 "Importance sampling scores each example by its loss: give the dataset that column (for labels, "
                 "'label' or 'labels') or a data_collator that makes it, or pass importance_sampling=False."
             )

@@ -15,11 +15,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from hf_importance.batches.entries import WEIGHTS, batch_size_of
+from hf_importance.batches.lengths import passes_by_length
 from hf_importance.batches.pool import PooledBatches
 from hf_importance.batches.reserve import split_evenly
 from hf_importance.heads import scores
 from hf_importance.heads.head import Head
 from hf_importance.heads.sliced import SlicedHead
+from hf_importance.transfer import to_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Score = str | Callable[[Any, Tensor], Tensor]
@@ -207,15 +209,18 @@ class Scorer:
             # Not inference_mode, which saves a MobileNetV2 1 % of its pass and a BERT nothing (docs/benchmarks.md):
             # what a model makes once and keeps, such as a table of positions, could be part of no training pass then.
             with torch.no_grad():
-                found = []
-                for batch in pool.chunks(size):
+                found, rows = [], passes_by_length(pool, size)
+                for batch in pool.chunks(size) if rows is None else map(pool.texts, rows):
                     result = self._by_slices(model, batch)
                     if result is None:
                         result = score_outputs(forward(**head.model_inputs(batch)), batch, head, self.score)
                     found.append(result)
                 for _ in range(passes - len(found)):
                     model(**head.model_inputs(batch))
-                return torch.cat(found)
+                scores = torch.cat(found)
+                if rows is None:
+                    return scores
+                return torch.empty_like(scores).index_copy_(0, to_device(torch.cat(rows), scores.device), scores)
 
     def _by_slices(self, model: nn.Module, batch: Any) -> Tensor | None:
         if self.sliced is None or callable(self.score) or not self.sliced.applies(batch):

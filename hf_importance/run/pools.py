@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import WEIGHTS, batch_size_of, without_index
-from hf_importance.batches.lengths import lengths_of
+from hf_importance.batches.entries import WEIGHTS, batch_size_of, index_of, without_index
+from hf_importance.batches.lengths import lengths_on_device, lengths_on_host
 from hf_importance.batches.pool import PooledBatches, merge_rows, not_rows, stand_for
 from hf_importance.batches.random import isolated_rng, key_to_seed
 from hf_importance.batches.reserve import split_like
@@ -104,15 +104,14 @@ class Pools:
             step.place = self.feed.where()
             if self._in_the_way(step):
                 return batches, torch.tensor(0)
-            split = [without_index(part) for part in [*batches, *self.feed.in_passes(rest)]]
-            pool, raw = self._pooled([part for part, _ in split])
+            parts = [*batches, *self.feed.in_passes(rest)]
+            pool, raw = self._pooled(parts)
             if self.objective.weights.known:
                 self._weigh(step, pool, raw)
-            indices = [index for _, index in split if index is not None]
+            indices = [index for index in map(index_of, parts) if index is not None]
             index = torch.cat(indices) if indices else None
             of_each = planned.kept * count / (filled * self.facts.batch_size)
-            first = batches[0]
-            timed = len(pool), batch_size_of(first), of_each, lambda: self.probe(first)
+            timed = len(pool), batch_size_of(batches[0]), of_each, lambda: self.probe(batches[0])
             with self.clock.scoring(step.number, *timed):
                 return self._keep(step, planned, pool, raw, index, count, own, filled)
 
@@ -125,12 +124,15 @@ class Pools:
             if self._in_the_way(step):
                 return [], torch.tensor(0)
             of = (handed.index, count, count * self.facts.batch_size, self._filled(planned, count), items)
-            return self._keep(step, planned, *self._pooled(parts), *of)
+            return self._keep(step, planned, *self._pooled(handed.batches), *of)
 
     def _pooled(self, parts: list) -> tuple[PooledBatches, PooledBatches]:
         """Give batches as they are scored, and as the Trainer is to prepare what is kept of them."""
-        raw = PooledBatches([to_device(part, self.clock.device) for part in parts], self.feed.padding)
-        pool = PooledBatches([self._prepared(*one) for one in enumerate(raw.batches)], self.feed.padding)
+        raw = PooledBatches(
+            [to_device(without_index(part)[0], self.clock.device) for part in parts], self.feed.padding
+        )
+        lengths = [None if self.prepare.overridden else lengths_on_host(part, self.feed.padding) for part in parts]
+        pool = PooledBatches([self._prepared(*one) for one in enumerate(raw.batches)], self.feed.padding, lengths)
         return pool, raw if self.prepare.overridden else pool
 
     def _prepared(self, place: int, batch: Any) -> Any:
@@ -258,13 +260,11 @@ class Pools:
         passes = scorer.passes(planned.size, count, pool, batch_size, planned.varies) if waits else 0
         scores = scorer(pool, scorer.largest_pass(pool.in_lengths, batch_size, planned.varies), passes)
         items = torch.stack([scale.items(batch) for batch in pool.batches])
-        lengths = [lengths_of(batch, self.feed.padding) for batch in pool.batches]
-        known = [one for one in lengths if one is not None]
         # The one wait for the device of an importance step: all comes to the host together.
-        step.send([scores, items, *(known if len(known) == len(lengths) else [])])
+        step.send([scores, items, *lengths_on_device(pool)])
         on_host, counts, *ends = step.read()
         scorer.check(on_host)
-        return on_host, counts, torch.cat(ends).long() if ends else None
+        return on_host, counts, torch.cat(ends).long() if ends else pool.lengths
 
     def probe(self, batch: Any) -> int:
         """Score a batch for its time alone, and give its size; a model that draws random numbers leaves no trace."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.batches.entries import INDEX, WEIGHTS, batch_size_of, index_of, without_index
+from hf_importance.batches.entries import INDEX, LENGTHS, WEIGHTS, batch_size_of, index_of, without_index
 from hf_importance.batches.pool import merge_rows
 from hf_importance.checks import wrong_with_batch
 from hf_importance.objective.loss import Objective
@@ -171,7 +171,7 @@ class Run:
         """Take out of the batches what is ours: neither a model nor a hook of the user's is to meet it."""
         batches, items = given
         assert self.step is not None
-        ours = (WEIGHTS, INDEX) if self.step.kind != "batch" else (INDEX,)
+        ours = (WEIGHTS, INDEX, LENGTHS) if self.step.kind != "batch" else (INDEX, LENGTHS)
         self.step.rows = [self.objective.rows_in(batch) for batch in batches]
         self.step.micro = [(batch.get(WEIGHTS) if WEIGHTS in ours else None, index_of(batch)) for batch in batches]
         return [_without(batch, ours) for batch in batches], items
