@@ -26,9 +26,9 @@ from hf_importance.transfer import Fetched, to_device
 
 logger = logging.getLogger(__name__)
 
-# Uniform steps in which the loss is held against its head: all of the first, then one of so many; where the logits
-# are few, and it costs next to nothing, all. And one of so many steps by importance; what is found stays on the device
-# until the next, whose scores are read, and so does where the logits are few what is found in all others.
+# Uniform steps in which the loss is held against its head: all of the first, all until it is proved, then one of so
+# many. And one of so many steps by importance, or where the logits are few, and it costs next to nothing, all; what is
+# found stays on the device until the next whose scores are read.
 FIRST, EVERY, EVERY_DRAWN, FEW_LOGITS = 10, 10, 16, 1 << 16
 OFF = "Importance sampling is off for this run, which goes on as the plain Trainer's: %s."
 WHAT_TO_DO = (
@@ -188,7 +188,7 @@ class Watch:
         self.step = step
         if step.kind == "batch":
             due = self._uniform < FIRST or self._uniform % EVERY == 0
-            step.proves = self._few or due or self.objective.weights.learning
+            step.proves = due or step.doubted or self.objective.weights.learning
             self._uniform += 1
         else:
             self._drawn += 1
