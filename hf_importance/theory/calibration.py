@@ -113,6 +113,8 @@ def pair_sums(scored: Tensor, found: Tensor) -> list[float]:
     Returns:
         ``3 * BINS`` numbers.
     """
+    if not len(scored):  # of each uniform step
+        return [0.0] * (3 * BINS)
     s, t = scored.numpy(), found.numpy()
     finite = np.isfinite(s) & np.isfinite(t)
     s, t = s[finite], t[finite]
