@@ -59,6 +59,7 @@ ROUNDS: list[list[tuple[str, tuple[float, ...], tuple[float, ...] | None]]] = [
         ("auto, k=0", (THIRD, SIXTH), (1,)),
         ("presample", (THIRD, SIXTH), (1.5,)),
         ("k=1/2", (THIRD, SIXTH), (1.5,)),
+        ("auto", (THIRD, SIXTH), (1.5,)),
         ("auto, k=1/2", (THIRD, SIXTH), (1.5,)),
         ("k=1/2, authors", (THIRD, SIXTH), (1,)),
         ("k=0, authors", (THIRD, SIXTH), (1,)),

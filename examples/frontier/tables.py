@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -130,7 +131,7 @@ def _rank(point: Point) -> tuple:
 
 def _percent(value: float, deviation: float | None = None, sign: str = "") -> str:
     shown = f"{100 * value:{sign}.2f}"
-    return shown if deviation is None else f"{shown} ± {100 * deviation:.2f}"
+    return shown if deviation is None or math.isnan(deviation) else f"{shown} ± {100 * deviation:.2f}"
 
 
 def table_of(all_points: list[Point], task: str) -> str:
