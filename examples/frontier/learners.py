@@ -235,7 +235,7 @@ TASKS = {
     ),
     # Fine-tuning proper. A step takes a quarter of a second, so it is short, and has few plain lengths.
     "pictures, fine-tuned": Task(
-        True, _all_classes, _pretrained, 64, 2, (0.003, 0.01, 0.03), budgets=(0.5, 1, 2), sgd=True
+        True, _all_classes, _pretrained, 64, 2, (0.001, 0.003, 0.01), budgets=(0.5, 1, 2), sgd=True
     ),
     "reviews, few": Task(
         False, _texts("sst2_sentences", 1000, 1500, 2), _text_cnn, epochs=10, budgets=TOO_LONG, **ADAM
