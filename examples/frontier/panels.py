@@ -27,7 +27,7 @@ SHAPES = {0.0: "s", 1 / 3: "o", 0.17: "^"}
 def draw(rows: list[Row], file: Path) -> None:
     """Draw error against compute, a panel a task: plain as a curve with one standard error, ours as points."""
     found = points(rows)
-    tasks = [task for task in TASKS if plain_curve(found, task)]
+    tasks = [task for task in TASKS if plain_curve(found, task) and not TASKS[task].afterwards]
     across = min(len(tasks), 3)
     figure, panels = plt.subplots(
         -(-len(tasks) // across), across, figsize=(3.6 * across, 3.2 * -(-len(tasks) // across)), squeeze=False
@@ -66,7 +66,7 @@ def draw(rows: list[Row], file: Path) -> None:
         handles, names = panel.get_legend_handles_labels()
         known |= dict(zip(names, handles, strict=True))
     figure.legend(known.values(), known, loc="lower center", ncols=6, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
