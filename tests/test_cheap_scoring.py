@@ -10,8 +10,10 @@ from test_history import ALONE
 from transformers import DataCollatorWithPadding
 
 from hf_importance import ImportanceTrainer, Pool, Presample
+from hf_importance.batches.entries import without_index
+from hf_importance.batches.indexed import IndexedCollator, Visit
 from hf_importance.batches.lengths import passes_by_length, sort_by_length
-from hf_importance.batches.pool import Padding, PooledBatches
+from hf_importance.batches.pool import Padding, PooledBatches, cut
 from hf_importance.heads.choose import head_of
 from hf_importance.heads.tasks import ClassificationHead
 from hf_importance.objective import precision
@@ -103,6 +105,31 @@ def test_scores_of_texts_sorted_by_length_stand_where_the_pool_has_them(size):
     assert passes_by_length(PooledBatches(batches, Padding(), [*lengths[:-1], None]), size) is None
     alike = batches_of(8, texts(1) * 32)
     assert passes_by_length(PooledBatches(alike, Padding(), [b["attention_mask"].sum(1) for b in alike]), size) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (torch.tensor([[1, 1, 0], [0, 0, 0]]), [2, 0]),
+        (torch.ones(2, 0), None),  # texts of no token
+        (torch.ones(2, 3, device="meta"), None),  # the user's collator has moved it, so asking would wait
+        (torch.ones(2, 1, 3, 3), None),
+        ([[1], [1]], None),
+    ],
+)
+def test_a_collator_tells_lengths_where_they_are_at_hand_and_never_raises(mask, told):
+    collate = IndexedCollator(lambda rows: {"attention_mask": mask, 0: "a name that is none"})
+    found = collate([Visit(5, {}), Visit(6, {})])
+    assert found["importance_index"].tolist() == [5, 6]
+    assert told is None if "importance_lengths" not in found else found["importance_lengths"].tolist() == told
+    rest, index = without_index(found)
+    assert set(rest) == {"attention_mask", 0} and index.tolist() == [5, 6]
+
+
+def test_a_column_is_left_of_texts_that_are_all_padding():
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
+    assert cut(batch, 0, Padding())["input_ids"].shape == (2, 1)
+    assert cut(batch, 0, Padding(multiple=2))["attention_mask"].shape == (2, 2)
 
 
 @pytest.mark.parametrize("method", ["presample", "auto"])

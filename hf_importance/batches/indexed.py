@@ -87,4 +87,5 @@ class IndexedCollator:
         if self.shared:
             return {**batch, INDEX: torch.from_numpy(index)}
         lengths = ends_of(batch)  # a batch on the device cannot be asked without waiting for it
-        return {**batch, INDEX: index} | ({} if lengths is None else {LENGTHS: lengths.numpy()})
+        known = lengths is not None and lengths.device.type == "cpu"
+        return {**batch, INDEX: index} | ({LENGTHS: lengths.numpy()} if known else {})

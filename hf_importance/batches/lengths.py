@@ -43,7 +43,7 @@ def ends_of(batch: Any) -> Tensor | None:
     None where that is not known: no attention mask, or entries whose columns may mean something else.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == 0:
         return None
     if any(isinstance(v, Tensor) and v.dim() > 1 and name not in TOKEN_ENTRIES for name, v in batch.items()):
         return None
@@ -51,7 +51,7 @@ def ends_of(batch: Any) -> Tensor | None:
     lengths = ((mask != 0) * columns).amax(dim=1)
     for name, value in batch.items():
         # Labels may be those of a decoder, or several an example, and by chance as many as the text has tokens.
-        if name.endswith("labels") and has_columns(name, value, len(columns)):
+        if str(name).endswith("labels") and has_columns(name, value, len(columns)):
             lengths = torch.maximum(lengths, ((value != IGNORED_LABEL) * columns).amax(dim=1))
     return lengths
 

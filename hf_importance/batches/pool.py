@@ -233,11 +233,11 @@ def cut(batch: Mapping[str, Any], width: int, padding: Padding) -> dict[str, Any
 
     Args:
         batch: Has an attention mask.
-        width: Columns that hold more.
+        width: Columns that hold more; one is left of texts of which nothing is read.
         padding: Says of what their number is a multiple.
     """
     columns = batch["attention_mask"].shape[1]
-    width = min(-(-width // padding.multiple) * padding.multiple, columns)
+    width = min(-(-max(width, 1) // padding.multiple) * padding.multiple, columns)
     return {n: v[:, :width] if width < columns and has_columns(n, v, columns) else v for n, v in batch.items()}
 
 
