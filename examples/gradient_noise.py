@@ -168,7 +168,7 @@ def planned_steps(
                 smallest=smallest,
             )  # fmt: skip
             pool = torch.randperm(len(scores), generator=generator)[: planned.pool]
-            index, weights = resample(in_training(scores[pool]), planned.kept, resampling, generator)
+            index, weights = resample(in_training(scores[pool]), round(planned.kept), resampling, generator)
             kept = pool[index]
             yield kept, weights, planned.cost
         if calibrates:
