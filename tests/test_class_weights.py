@@ -206,7 +206,7 @@ def test_weights_that_change_are_off_from_then_on():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow), 30])
+@pytest.mark.parametrize("at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 30))])
 def test_a_resumed_run_is_the_same_run(method, at, tmp_path):
     settings = {"max_steps": 120, "save_strategy": "steps", "save_steps": at, "save_total_limit": 150}
     settings |= {"logging_steps": 60, "learning_rate": 1e-6}

@@ -237,7 +237,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, at, setti
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("method", "kappa", "drawn_by"), [("history", None, {"visits"}), ("auto", 0.2, {"visits", "pool"})]
 )
