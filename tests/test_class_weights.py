@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
 from launchers import ACCELERATE, launch, results
 from scripts import (
     BATCH,
@@ -62,7 +63,6 @@ WAYS = {
     "by count": Script(own_loss(by_count)),
     "of the step's count": Script(model=lambda: Counting(RARE)),
 }
-QUICK_WAYS = ("overridden", "of the step's count")
 BY_COUNT = ("by count", "of the step's count")
 
 
@@ -81,12 +81,12 @@ def uniform_mean(counting=False, batch=BATCH, draws=50_000):
 # ---- On ----
 
 
-# All ways by pools, and two of them by the others, whose weights come from the same table; the rest takes 4 s each.
-QUICK = [(way, method) for way in WAYS for method in METHODS if method == "presample" or way in QUICK_WAYS]
-REST = [(way, method) for way in WAYS for method in METHODS if (way, method) not in QUICK]
+def quick(way, method):
+    """All ways by pools, and two of them by the others, whose weights come from the same table; 4 s each."""
+    return method == "presample" or way in ("overridden", "of the step's count")
 
 
-@pytest.mark.parametrize(("way", "method"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)])
+@pytest.mark.parametrize(("way", "method"), toys.slow_but(quick, itertools.product(WAYS, METHODS)))
 def test_the_mean_gradient_is_that_of_uniform_steps(way, method):
     ours = run(WAYS[way], method, max_steps=400, learning_rate=0.0, logging_steps=50)
     assert ours.said == []

@@ -401,14 +401,12 @@ SETTINGS = {
 CHECKPOINTS = (2, 4, 8, 14, 32, 62, 78)
 
 
-QUICK = [("presample", 1), ("auto", 2)]
-REST = [one for one in itertools.product(SETTINGS, (1, 2)) if one not in QUICK]
+def quick(method, accumulation):
+    """Two of six, of 8 to 13 s each."""
+    return (method, accumulation) in (("presample", 1), ("auto", 2))
 
 
-@pytest.mark.parametrize(
-    ("method", "accumulation"),
-    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)],  # 8 to 13 s each
-)
+@pytest.mark.parametrize(("method", "accumulation"), toys.slow_but(quick, itertools.product(SETTINGS, (1, 2))))
 def test_a_resumed_run_measures_and_decides_the_same(tmp_path, digits, work, method, accumulation):
     data = Data(digits.select(range(320)), work)
 

@@ -102,6 +102,11 @@ def sentences(examples: int = 64, classes: int = 4, seed: int = 0, length: int =
     ).with_format("torch")
 
 
+def slow_but(quick, cases):
+    """Mark the cases slow for which ``quick`` says no."""
+    return [case if quick(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 class Augmented(torch.utils.data.Dataset):
     """Digits with random noise from all three global generators, as augmentation libraries draw it."""
 

@@ -117,10 +117,11 @@ def commit() -> str:
 def splits(task: str, folder: Path, models: Path, share: float) -> Splits:
     """Read a task's data, once for the runs that follow each other, and keep a share of what is trained on."""
     found = TASKS[task].load(folder, models)
-    kept = [
-        part.part(0, max(math.ceil(len(part) * share), 256)) for part in (found.train, found.validation, found.test)
-    ]
-    return replace(found, **dict(zip(("train", "validation", "test"), kept, strict=True)))
+
+    def some(part: Examples) -> Examples:
+        return part.part(0, max(math.ceil(len(part) * share), 256))
+
+    return replace(found, train=some(found.train), validation=some(found.validation), test=some(found.test))
 
 
 def run(job: Job, folder: Path, models: Path, share: float = 1.0) -> dict[str, Any]:
